@@ -1,0 +1,61 @@
+// Driver of the symmetric product: flushes of tokens, packing, and the triangle of blocks over the threads.
+
+#include "cpu/second_moment.h"
+
+#include <algorithm>
+
+#include "cpu/buffer.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+namespace fastedit {
+namespace {
+
+constexpr std::int64_t kPackTokens =
+    16;  // tokens per packing task: rows are read whole, panels written in runs
+
+struct Block {
+    std::int64_t row, column;
+};
+
+// The index-th block of the lower triangle, row by row.
+Block block_at(std::int64_t index) {
+    std::int64_t row = 0;
+    while ((row + 1) * (row + 2) / 2 <= index) ++row;
+    return {row, index - row * (row + 1) / 2};
+}
+
+}  // namespace
+
+void second_moment(const SecondMomentArgs& args) {
+    if (args.tokens == 0 || args.d == 0) return;
+    const auto pack = FASTEDIT_PICK(second_moment_pack);
+    const auto block = FASTEDIT_PICK(second_moment_block);
+    const std::int64_t width = FASTEDIT_PICK(second_moment_panel_width)();
+    const std::int64_t block_width = FASTEDIT_PICK(second_moment_block_width)();
+    const std::int64_t panels = (args.d + width - 1) / width;
+    const std::int64_t blocks = (args.d + block_width - 1) / block_width;
+    const std::int64_t scratch_size = block_width * block_width;
+
+    // Flushes of equal size, so that the last one is not a sliver.
+    const std::int64_t flushes = (args.tokens + kFlushTokens - 1) / kFlushTokens;
+    const std::int64_t longest = (args.tokens + flushes - 1) / flushes;
+    const int threads = std::max(args.threads, 1);
+    const Buffer<float> packed(static_cast<std::size_t>(panels * longest * width));
+    const Buffer<float> scratch(static_cast<std::size_t>(scratch_size) * threads);
+
+    for (std::int64_t first = 0; first < args.tokens; first += longest) {
+        const std::int64_t tokens = std::min(longest, args.tokens - first);
+        const SecondMomentPanels flush{packed.get(), tokens, width, panels};
+        parallel_for(threads, (tokens + kPackTokens - 1) / kPackTokens, [&](std::int64_t task, int) {
+            pack(args, first, task * kPackTokens, std::min((task + 1) * kPackTokens, tokens), flush);
+        });
+        // Every block of the master belongs to one task, so results do not depend on the number of threads.
+        parallel_for(threads, blocks * (blocks + 1) / 2, [&](std::int64_t task, int worker) {
+            const Block at = block_at(task);
+            block(args, flush, at.row, at.column, scratch.get() + worker * scratch_size);
+        });
+    }
+}
+
+}  // namespace fastedit
