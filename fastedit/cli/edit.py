@@ -1,0 +1,184 @@
+"""``fastedit edit``: requests in, an edit file out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.cli.options import Device, Dtype, Force, Json, Limit, Model, Plot, Requests, Seed, SkipInvalid
+
+if TYPE_CHECKING:
+    from fastedit.cli.inputs import Opened
+    from fastedit.config import MethodConfig
+    from fastedit.edit import Edit
+    from fastedit.request import EditRequest
+
+__all__ = ["edit"]
+
+
+def edit(
+    model: Model,
+    requests: Requests,
+    method: Annotated[
+        str, typer.Option("--method", help="A method; `fastedit methods` lists them.")
+    ] = "memit",
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Edited layers: 3,4,5 or 3-8. Default: the published ones.", show_default=False),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A method option as key=value; may be repeated.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON file with method options.", show_default=False)
+    ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="Folder of key statistics from `fastedit stats`.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where to write the edit (.safetensors).", show_default=False),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    limit: Limit = None,
+    skip_invalid: SkipInvalid = False,
+    seed: Seed = 0,
+    evaluate: Annotated[bool, typer.Option(help="Score the requests before and after.")] = True,
+    plot: Plot = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; solve nothing.")
+    ] = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Compute an edit that makes the model answer as the requests say, and save it. The model stays as it
+    is.
+    """
+    from fastedit import methods
+    from fastedit.cli.inputs import open_model, read_checked
+    from fastedit.cli.outputs import check_output, check_plot
+    from fastedit.cli.settings import read_settings
+
+    if out is None and not dry_run:
+        raise ValueError("--out must name the edit file to write (or give --dry-run)")
+    if plot is not None and not evaluate:
+        raise ValueError("--plot needs the evaluation, got --no-evaluate")
+    check_output(out, force=force)
+    check_plot(plot, force=force, out=out)
+    spec = methods.get(method)
+    settings = read_settings(spec.config, file=config, assignments=assignments or (), layers=layers)
+    listed = read_checked(requests, limit=limit, skip_invalid=skip_invalid)
+    opened = open_model(model, dtype=dtype, device=device, stats=stats, seed=seed)
+    chosen = opened.editor.config(method, **{**opened.recommended(method), **settings})
+    _check_requests(opened, listed, chosen)
+    opened.require_statistics(chosen)
+    plan = _plan(opened, listed, method, chosen)
+    if dry_run:
+        _show_plan(plan, json)
+        return
+    _run(opened, listed, method, chosen, plan, out=out, plot=plot, evaluating=evaluate, json=json)
+
+
+def _check_requests(opened: Opened, requests: list[EditRequest], config: MethodConfig) -> None:
+    """Layers and tokens of every request, so that a bad one is found before the first is solved."""
+    from fastedit.tokens import encode_edit, target_ids
+
+    session = opened.editor.session
+    last = getattr(config, "v_loss_layer", None)
+    for layer in (*getattr(config, "layers", ()), *([] if last is None else [last])):
+        session.arch.check_layer(layer)
+    for request in requests:
+        try:
+            target = target_ids(session.tokenizer, request.target_new)
+            encode_edit(session.tokenizer, request.prompt, request.subject, target=target)
+        except ValueError as error:
+            raise ValueError(f"request {request.id!r}: {error}") from error
+
+
+def _plan(opened: Opened, requests: list[EditRequest], method: str, config: MethodConfig) -> dict[str, Any]:
+    session = opened.editor.session
+    layers = list(getattr(config, "layers", ()))
+    return {
+        "model": opened.name,
+        "model_type": session.arch.row.model_type,
+        "method": method,
+        "requests": len(requests),
+        "modules": [session.arch.name("mlp_out", layer) for layer in layers],
+        "config": config.to_dict(),
+    }
+
+
+def _show_plan(plan: dict[str, Any], json: bool) -> None:
+    from rich.table import Table
+
+    from fastedit.cli.console import emit_json, results
+
+    if json:
+        emit_json({"dry_run": True, **plan})
+        return
+    table = Table(title="what would run", title_justify="left", show_header=False)
+    for name in ("model", "model_type", "method", "requests"):
+        table.add_row(name, str(plan[name]))
+    table.add_row("modules", ", ".join(plan["modules"]))
+    for name, value in plan["config"].items():
+        table.add_row(name, str(value))
+    results().print(table)
+
+
+def _run(
+    opened: Opened,
+    requests: list[EditRequest],
+    method: str,
+    config: MethodConfig,
+    plan: dict[str, Any],
+    *,
+    out: Path | None,
+    plot: Path | None,
+    evaluating: bool,
+    json: bool,
+) -> None:
+    from fastedit.cli.console import emit_json, line, log, quiet_libraries, results
+    from fastedit.cli.outputs import saving
+    from fastedit.evaluate import comparison_table, plot_probabilities
+
+    editor = opened.editor
+    stages = {}
+    if evaluating:
+        stages["before"] = editor.evaluate(requests)
+    log(f"solving {len(requests)} request{'s'[: len(requests) != 1]} with {method}")
+    start = time.perf_counter()
+    with quiet_libraries():
+        made: Edit = editor.solve(requests, method, config)
+    seconds = time.perf_counter() - start
+    if out is not None:
+        with saving(out):
+            made.save(out)
+    if evaluating:
+        with editor.applied(made):
+            stages["after"] = editor.evaluate(requests)
+    if plot is not None:
+        title = f"{len(requests)} edits with {method.upper()} on {opened.name}"
+        with saving(plot):
+            plot_probabilities(stages, plot, title=title)
+    norms = {name: float(norm) for name, norm in made.norms().items()}
+    if json:
+        emit_json(
+            {
+                **plan,
+                "seconds": round(seconds, 3),
+                "out": str(out),
+                "norms": norms,
+                "evaluation": {label: value.to_dict(probes=False) for label, value in stages.items()},
+            }
+        )
+        return
+    if stages:
+        results().print(comparison_table(stages))
+    for name, norm in norms.items():
+        line(f"{name}: norm of the change {norm:.4g}")
+    line(f"{len(requests)} edits in {seconds:.1f} s, saved to {out}")

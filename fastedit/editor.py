@@ -1,0 +1,210 @@
+"""Editor: the user's handle on a model that can be edited, evaluated, reverted and shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fastedit import methods
+from fastedit.arch import Architecture, row_of
+from fastedit.config import MethodConfig, published
+from fastedit.edit import Edit
+from fastedit.request import EditRequest, as_requests
+from fastedit.session import Session
+
+if TYPE_CHECKING:
+    from fastedit.evaluate import Evaluation
+    from fastedit.stats import SecondMoment, StatisticsStore
+
+__all__ = ["Editor"]
+
+Requests = EditRequest | Mapping[str, Any] | Sequence[EditRequest | Mapping[str, Any]]
+
+
+class Editor:
+    """Edit a Hugging Face model.
+
+    Args:
+        model: any model that has an architecture row (``fastedit models`` lists them), or with ``arch`` given.
+        tokenizer: its tokenizer.
+        arch: an ``Architecture`` for other models.
+        statistics: second moments by module name, a store, or its directory.
+        seed: seeds everything random.
+
+    Example:
+        >>> editor = Editor(model, tokenizer, statistics="stats/")
+        >>> edit = editor.edit({"prompt": "{} is in", "subject": "The Louvre", "target_new": "Rome"}, method="rome")
+        >>> editor.revert(edit)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        arch: Architecture | None = None,
+        statistics: Mapping[str, SecondMoment] | StatisticsStore | str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.session = Session(model, tokenizer, arch=arch, statistics=statistics, seed=seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> Editor:
+        """Load a causal language model and its tokenizer from a folder or a hub, then make an Editor.
+
+        Args:
+            name: hub name or folder.
+            dtype: parameter dtype; ``"auto"`` takes the checkpoint's.
+            options: arguments of ``Editor``.
+
+        Raises:
+            ValueError: a model type without a row, no causal language model, or a checkpoint that lacks weights.
+            OSError: the folder or the hub has no such model.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        # An unknown type is refused before its weights are read or downloaded.
+        config = AutoConfig.from_pretrained(name)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"model_type={config.model_type!r}: must be a causal language model, is an encoder-decoder"
+            )
+        row_of(config.get_text_config(), options.get("arch"))
+        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(
+                f"name: the checkpoint {str(name)!r} lacks {len(missing)} of the model's weights, first {missing[0]!r}"
+            )
+        model = model.to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Without its files some tokenizer classes load all the same, with no token but the special ones.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError(f"name: {str(name)!r} holds no tokenizer (tokenizer.json or a vocabulary)")
+        return cls(model, tokenizer, **options)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, edited or not."""
+        return self.session.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.session.tokenizer
+
+    def config(
+        self, method: str, config: MethodConfig | Mapping[str, Any] | None = None, **overrides: Any
+    ) -> MethodConfig:
+        """The configuration a call would use: published defaults for this model, then ``config``, then overrides."""
+        spec = methods.get(method)
+        if isinstance(config, MethodConfig):
+            if not isinstance(config, spec.config):
+                raise ValueError(
+                    f"config must be a {spec.config.__name__} for method {method!r}, got {type(config).__name__}"
+                )
+            return config.replace(**overrides)
+        if config is not None and not isinstance(config, Mapping):
+            raise ValueError(
+                f"config must be a {spec.config.__name__} or a mapping, got {type(config).__name__}"
+            )
+        return published(spec.config, spec.defaults, self.session.family, {**(config or {}), **overrides})
+
+    def solve(
+        self,
+        requests: Requests,
+        method: str = "memit",
+        config: MethodConfig | Mapping[str, Any] | None = None,
+        *,
+        targets: Tensor | None = None,
+        **overrides: Any,
+    ) -> Edit:
+        """Compute an Edit and leave the model as it is, bit for bit.
+
+        Args:
+            requests: one request or several, as ``EditRequest`` or dicts of any supported schema.
+            method: a name from ``fastedit methods``.
+            config: a configuration, or a mapping of hyper-parameters.
+            targets: ``[n, d]`` target vectors to write instead of optimising them.
+            overrides: hyper-parameters by name.
+
+        Raises:
+            ValueError: bad request, method, hyper-parameter, layer or statistics.
+        """
+        listed = as_requests(requests)
+        if not listed:
+            raise ValueError("requests: at least one is needed, got 0")
+        spec = methods.get(method)
+        edit: Edit = spec.solve(
+            self.session, listed, self.config(method, config, **overrides), targets=targets
+        )
+        return edit
+
+    def edit(
+        self,
+        requests: Requests,
+        method: str = "memit",
+        config: MethodConfig | Mapping[str, Any] | None = None,
+        *,
+        targets: Tensor | None = None,
+        **overrides: Any,
+    ) -> Edit:
+        """``solve``, then ``apply``."""
+        edit = self.solve(requests, method, config, targets=targets, **overrides)
+        self.apply(edit)
+        return edit
+
+    def apply(self, edit: Edit) -> None:
+        """Write an Edit into the model."""
+        edit.apply(self.model)
+
+    def revert(self, edit: Edit) -> None:
+        """Take an Edit out again, bit for bit."""
+        edit.revert(self.model)
+
+    @contextmanager
+    def applied(self, edit: Edit) -> Iterator[None]:
+        """The Edit is in the model inside the block and out of it afterwards."""
+        with edit.applied(self.model):
+            yield
+
+    def evaluate(self, requests: Requests, **options: Any) -> Evaluation:
+        """Rewrite, paraphrase, neighbourhood, attribute and portability scores; see ``fastedit.evaluate``."""
+        from fastedit.evaluate import evaluate
+
+        return evaluate(self.session, as_requests(requests), **options)
+
+    def collect_statistics(
+        self, texts: Iterable[str], layers: Sequence[int], **options: Any
+    ) -> dict[str, SecondMoment]:
+        """Second moments of the keys of ``layers`` in one pass over ``texts``, and use them.
+
+        Args:
+            options: arguments of ``fastedit.stats.collect_statistics``.
+        """
+        from fastedit.stats import collect_statistics
+
+        session = self.session
+        moments: dict[str, SecondMoment] = collect_statistics(
+            session.model, session.tokenizer, session.arch, texts, layers, **options
+        )
+        session.use_statistics(moments)
+        return moments
+
+    def save_model(self, directory: str | Path) -> None:
+        """Write the model as it is now, with its tokenizer, as a Hugging Face folder."""
+        from fastedit.export.hf import export_model
+
+        export_model(self.model, self.tokenizer, directory)
