@@ -1,0 +1,18 @@
+"""What every test may rely on."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from hypothesis import settings
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: Ctrl-C tests would wait for ever.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Continuous integration tries the same examples every time; a developer's runs look for new ones.
+    settings.register_profile("ci", derandomize=True)
+    if os.environ.get("CI"):
+        settings.load_profile("ci")

@@ -1,0 +1,139 @@
+"""The batched target optimisation against full forwards, hooks and torch.optim.Adam, one request at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engine.problems import REQUESTS, naive, problems
+from reference.target_vector import captured, target_vector
+from tiny import CAUSAL, DEPTH, tiny_model
+
+from fastedit.arch import resolve
+from fastedit.engine.objective import TargetObjective, TargetSpec
+from fastedit.engine.target import optimise_targets
+
+SPEC = TargetSpec(
+    layer=1,
+    site="block",
+    v_num_grad_steps=6,
+    v_lr=0.3,
+    v_weight_decay=0.4,
+    clamp_norm_factor=1.5,
+    kl_factor=0.3,
+)
+
+
+def oracle(model, spec: TargetSpec, index: int):
+    arch = resolve(model)
+    site = arch.name("mlp_out" if spec.site == "mlp" else "block", spec.layer)
+    return target_vector(
+        model,
+        site,
+        naive(REQUESTS[index]),
+        steps=spec.v_num_grad_steps,
+        lr=spec.v_lr,
+        clamp=spec.clamp_norm_factor,
+        weight_decay=spec.v_weight_decay,
+        kl_factor=spec.kl_factor,
+        stop=spec.stop_loss,
+    )
+
+
+@pytest.mark.parametrize("site", ["mlp", "block"])
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_every_architecture_against_full_forwards(model_type: str, site: str) -> None:
+    # Gemma-2's own mask gives NaN at padded rows in fp64, so it runs in fp32.
+    model = tiny_model(model_type, dtype=torch.float32 if model_type == "gemma2" else torch.float64)
+    spec = replace(SPEC, site=site, layer=2 if model_type == "gptj" else 1)
+    found = optimise_targets(model, resolve(model), problems(), spec)
+    for index in range(len(REQUESTS)):
+        h0, delta, losses = oracle(model, spec, index)
+        # The twin's Adam runs in fp32, so agreement is that of fp32 steps.
+        assert torch.allclose(found.init[index].double(), h0.double(), rtol=0, atol=1e-5)
+        assert [row[0] for row in found.losses[index]] == pytest.approx(losses, abs=2e-5)
+        assert (found.delta[index] - delta.double()).norm() <= 1e-3 * delta.norm()
+
+
+# Models whose norms and rotary tables stay in fp64; the others compute them in fp32 whatever the weights.
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+def test_gradient_against_finite_differences(model_type: str) -> None:
+    model = tiny_model(model_type, dtype=torch.float64)
+    objective = TargetObjective(model, resolve(model), problems(), SPEC)
+    generator = torch.Generator().manual_seed(0)
+    delta = 0.3 * torch.randn(objective.init.shape, generator=generator, dtype=torch.float64)
+    _, gradient = objective(delta)
+    for _ in range(3):
+        direction = torch.randn(delta.shape, generator=generator, dtype=torch.float64)
+        high, _ = objective(delta + 1e-6 * direction, grad=False)
+        low, _ = objective(delta - 1e-6 * direction, grad=False)
+        slope = (high.nll + high.kl - low.nll - low.kl) / 2e-6
+        assert torch.allclose((gradient * direction).sum(1), slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gptj"])
+def test_a_batch_equals_one_by_one_with_staggered_stops(model_type: str) -> None:
+    model = tiny_model(model_type)
+    arch = resolve(model)
+    every = problems()
+    base = replace(SPEC, v_num_grad_steps=30, kl_factor=0.0, v_weight_decay=0.0, clamp_norm_factor=50.0)
+    full = optimise_targets(model, arch, every, replace(base, stop_loss=0.0))
+    # A threshold between the final losses makes requests stop at different steps, or not at all.
+    finals = sorted(rows[-1][0] for rows in full.losses)
+    spec = replace(base, stop_loss=(finals[1] + finals[2]) / 2)
+    together = optimise_targets(model, arch, every, spec)
+    steps = [len(rows) for rows in together.losses]
+    assert len(set(steps)) > 1
+    for tokens in (1, 64):
+        chunked = optimise_targets(model, arch, every, spec, batch_tokens=tokens)
+        assert [len(rows) for rows in chunked.losses] == steps
+        assert torch.allclose(chunked.delta, together.delta, rtol=1e-3, atol=1e-4)
+    for index, problem in enumerate(every):
+        alone = optimise_targets(model, arch, [problem], spec)
+        assert len(alone.losses[0]) == steps[index]
+        assert (alone.delta[0] - together.delta[index]).norm() <= 1e-4 * alone.delta[0].norm()
+
+
+def test_last_layer_and_early_loss_layer() -> None:
+    model = tiny_model("gpt2", dtype=torch.float64)
+    last = replace(SPEC, layer=DEPTH - 1)
+    # The subject ends the prompt: above the last layer only its own logits can move.
+    found = optimise_targets(model, resolve(model), problems()[4:], last)
+    _, delta, _ = oracle(model, last, 4)
+    assert (found.delta[0] - delta.double()).norm() <= 1e-4 * delta.norm()
+
+    early = replace(SPEC, v_loss_layer=2, kl_factor=0.0, v_weight_decay=0.0)
+    objective = TargetObjective(model, resolve(model), problems()[:1], early)
+    loss, _ = objective(torch.zeros_like(objective.init), grad=False)
+    request = naive(REQUESTS[0])
+    row = torch.tensor([request.rows[0] + request.target[:-1]])
+    assert len(request.rows) == 3
+    nll = []
+    for prompt in request.rows:
+        row = torch.tensor([prompt + request.target[:-1]])
+        with torch.no_grad(), captured(model.transformer.h[2]) as seen:
+            model(input_ids=row)
+            logp = torch.log_softmax(model.lm_head(model.transformer.ln_f(seen["out"]))[0], -1)
+        at = range(len(prompt) - 1, row.shape[1])
+        nll.append(-sum(logp[i, t] for i, t in zip(at, request.target, strict=True)) / len(request.target))
+    assert float(loss.nll[0]) == pytest.approx(float(sum(nll) / 3), abs=1e-9)
+
+
+def test_soft_cap_reaches_the_nll_only_when_asked() -> None:
+    model = tiny_model("gemma2")
+    arch = resolve(model)
+    capped = TargetObjective(model, arch, problems(), SPEC)
+    plain = TargetObjective(model, arch, problems(), replace(SPEC, soft_cap_nll=False))
+    delta = torch.zeros_like(capped.init)
+    one, other = capped(delta, grad=False)[0], plain(delta, grad=False)[0]
+    assert torch.allclose(one.kl, other.kl, atol=1e-6)
+    assert not torch.allclose(one.nll, other.nll)
+
+
+def test_a_loss_that_is_not_finite_names_the_request() -> None:
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="request '1': loss is not finite at step 0"):
+        optimise_targets(model, resolve(model), problems(), SPEC)

@@ -1,0 +1,388 @@
+"""second_moment_: every implementation against fp64, ugly shapes, masks, poison, bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from reference.second_moment import second_moment_ as reference
+from torch import Tensor
+
+import fastedit
+from fastedit.ops import mirror_, second_moment_
+from fastedit.ops.second_moment import _op
+
+# Relative Frobenius error against fp64 on the same keys. bf16 and fp16 products are exact, so only sums round: torch
+# sums a whole flush in one chain when d is 1, the compiled kernel never more than 128 terms.
+TOLERANCE = {"eager": 2e-6, "cpu": 3e-7, "gpu": 5e-6}
+FLOAT64 = 1e-14
+KEYS = [torch.float32, torch.bfloat16, torch.float16]
+MASTERS = [torch.float64, torch.float32]
+SHAPES = [(T, d) for T in (0, 1, 63, 1000) for d in (1, 8, 63, 200)] + [(2100, 200), (130, 391)]
+
+
+def problem(T: int, d: int, dtype: torch.dtype, *, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Keys with NaN in the masked rows, and the mask."""
+    generator = torch.Generator().manual_seed(1000 * T + d)
+    K = torch.randn(T, d, generator=generator).to(dtype)
+    mask = torch.rand(T, generator=generator) > 0.3
+    K[~mask] = float("nan")
+    return K.to(device), mask.to(device)
+
+
+def check(C: Tensor, K: Tensor, mask: Tensor | None, *, tolerance: float) -> None:
+    """C started as ones on and below the diagonal and NaN above it."""
+    d = C.shape[-1]
+    expected = torch.ones(d, d, dtype=torch.float64)
+    reference(expected, K.cpu(), None if mask is None else mask.cpu())
+    lower = torch.ones(d, d, dtype=torch.bool).tril()
+    C = C.cpu()
+    assert C[~lower].isnan().all(), "the strict upper triangle was written"
+    error = (C[lower].double() - expected[lower]).norm() / expected[lower].norm()
+    assert error <= tolerance, f"T={K.shape[-2]} d={d}: relative error {error:.1e}"
+
+
+def started(d: int, dtype: torch.dtype, *, device: str = "cpu") -> Tensor:
+    C = torch.ones(d, d, dtype=dtype)
+    C[torch.ones(d, d, dtype=torch.bool).triu(1)] = float("nan")
+    return C.to(device)
+
+
+def run_shapes(backend: str, dtype: torch.dtype, master: torch.dtype, *, device: str = "cpu") -> None:
+    tolerance = FLOAT64 if dtype == master == torch.float64 else TOLERANCE[backend]
+    for T, d in SHAPES:
+        K, mask = problem(T, d, dtype, device=device)
+        C = started(d, master, device=device)
+        with fastedit.backend(backend):
+            second_moment_(C, K, mask)
+        check(C, K, mask, tolerance=tolerance)
+        K = K.nan_to_num(0.5)
+        C = started(d, master, device=device)
+        with fastedit.backend(backend):
+            second_moment_(C, K)
+        check(C, K, None, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("master", MASTERS, ids=str)
+@pytest.mark.parametrize("dtype", [*KEYS, torch.float64], ids=str)
+def test_eager(dtype: torch.dtype, master: torch.dtype) -> None:
+    run_shapes("eager", dtype, master)
+
+
+@pytest.mark.parametrize("master", MASTERS, ids=str)
+@pytest.mark.parametrize("dtype", KEYS, ids=str)
+def test_cpu(cpu_level: str, dtype: torch.dtype, master: torch.dtype) -> None:
+    run_shapes("cpu", dtype, master)
+
+
+def test_cpu_on_several_threads_gives_the_same_bits(native_cpu: None) -> None:
+    K, mask = problem(1500, 391, torch.bfloat16)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            C = torch.zeros(391, 391, dtype=torch.float64)
+            with fastedit.backend("cpu"):
+                second_moment_(C, K, mask)
+            results.append(C)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_long_sums_beat_one_fp32_product(native_cpu: None) -> None:
+    # All-positive keys are the hard case: every rounding of the running sum goes the same way for longer.
+    K = torch.rand(20_000, 64, generator=torch.Generator().manual_seed(0))
+    exact = (K.double().T @ K.double()).tril()
+    C = torch.zeros(64, 64, dtype=torch.float64)
+    with fastedit.backend("cpu"):
+        second_moment_(C, K)
+    assert (C - exact).norm() / exact.norm() < 1e-7
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_layouts(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "cpu":
+        request.getfixturevalue("native_cpu")
+    wide, mask = problem(60, 300, torch.float32)
+    wide = wide.nan_to_num(0.25)
+    layouts = {
+        "columns of a wider tensor": wide[:, 17:117],
+        "every second row": wide[::2, :100],
+        "every second column": wide[:, ::3],
+        "transposed": wide.T[:100, :60].T,
+        "one row repeated": wide[:1, :100].expand(60, 100),
+        "misaligned": torch.zeros(60 * 100 + 1)[1:].view(60, 100).copy_(wide[:, :100]),
+    }
+    for K in layouts.values():
+        C = started(K.shape[1], torch.float64)
+        m = mask[: K.shape[0]]
+        with fastedit.backend(backend):
+            second_moment_(C, K, m)
+        check(C, K, m, tolerance=1e-6)
+    C = torch.full((100, 240), 7.0, dtype=torch.float64)
+    view = C[:, 40:140]
+    view.copy_(started(100, torch.float64))
+    with fastedit.backend(backend):
+        second_moment_(view, wide[:, :100])
+    check(view, wide[:, :100], None, tolerance=1e-6)
+    assert C[:, :40].eq(7).all() and C[:, 140:].eq(7).all()
+
+
+def test_column_major_master_is_refused_by_the_kernel_and_done_by_eager(native_cpu: None) -> None:
+    K, mask = problem(63, 64, torch.float32)
+    C = torch.zeros(64, 64, dtype=torch.float64).T.contiguous().T
+    with fastedit.backend("cpu"), pytest.raises(RuntimeError, match="C must have unit column stride, got 64"):
+        second_moment_(C, K, mask)
+    second_moment_(C, K, mask)
+    expected = torch.zeros(64, 64, dtype=torch.float64)
+    reference(expected, K, mask)
+    torch.testing.assert_close(C, expected.tril(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_batches_of_sequences_and_of_layers(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "cpu":
+        request.getfixturevalue("native_cpu")
+    K = torch.randn(3, 21, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
+    mask = torch.rand(3, 21, generator=torch.Generator().manual_seed(4)) > 0.5
+    with fastedit.backend(backend):
+        one = torch.zeros(40, 40, dtype=torch.float64)
+        second_moment_(one, K, mask)
+        flat = torch.zeros_like(one)
+        second_moment_(flat, K.reshape(-1, 40), mask.reshape(-1).int())
+        assert torch.equal(one, flat)
+        layers = torch.zeros(3, 40, 40, dtype=torch.float64)
+        second_moment_(layers, K, mask[0])
+        for layer in range(3):
+            alone = torch.zeros_like(one)
+            second_moment_(alone, K[layer], mask[0])
+            assert torch.equal(layers[layer], alone)
+
+
+def test_gradients_do_not_flow() -> None:
+    K = torch.randn(50, 40, requires_grad=True)
+    C = torch.zeros(40, 40)
+    second_moment_(C, K * 2)
+    assert not C.requires_grad
+    torch.testing.assert_close(C, (4 * K.detach().T @ K.detach()).tril(), rtol=1e-5, atol=1e-4)
+
+
+def test_mask_of_zeros_leaves_C_alone() -> None:
+    C = torch.full((40, 40), 3.0)
+    second_moment_(C, torch.full((9, 40), float("nan")), torch.zeros(9, dtype=torch.int64))
+    assert C.eq(3).all()
+
+
+def test_nan_in_a_kept_row_shows() -> None:
+    K = torch.ones(5, 40)
+    K[2, 7] = float("nan")
+    C = torch.zeros(40, 40)
+    second_moment_(C, K)
+    assert C[7, :8].isnan().all() and not C[:7, :7].isnan().any()
+
+
+def test_mirror() -> None:
+    for d in (1, 5, 513, 1030):
+        C = torch.randn(d, d)
+        expected = C.tril() + C.tril(-1).T
+        mirror_(C)
+        assert torch.equal(C, expected)
+    C = torch.randn(2, 7, 7)
+    expected = C.tril() + C.tril(-1).mT
+    mirror_(C)
+    assert torch.equal(C, expected)
+    with pytest.raises(ValueError, match="C must be square"):
+        mirror_(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.zeros(3, 4), torch.zeros(5, 4)), r"C must be \[d, d\] or \[L, d, d\], got shape \[3, 4\]"),
+        ((torch.zeros(4), torch.zeros(5, 4)), "C must be"),
+        ((torch.zeros(4, 4).half(), torch.zeros(5, 4)), "C must be float64 or float32, got float16"),
+        ((torch.zeros(4, 4, requires_grad=True), torch.zeros(5, 4)), "C must not require grad"),
+        (
+            (torch.zeros(4, 4), torch.zeros(5, 4).int()),
+            "K must be float32, bfloat16, float16 or float64, got int32",
+        ),
+        ((torch.zeros(4, 4), torch.zeros(5, 3)), r"K must be \[T, 4\] or \[B, S, 4\] .* got shape \[5, 3\]"),
+        ((torch.zeros(4, 4), torch.zeros(4)), "K must be"),
+        ((torch.zeros(2, 4, 4), torch.zeros(5, 4)), r"K must be \[2, T, 4\]"),
+        ((torch.zeros(2, 4, 4), torch.zeros(3, 5, 4)), r"K must be \[2, T, 4\]"),
+        (
+            (torch.zeros(4, 4), torch.zeros(5, 4, device="meta")),
+            "K must be on the device of C, cpu, got meta",
+        ),
+        (
+            (torch.zeros(4, 4), torch.zeros(5, 4), torch.ones(5)),
+            "mask must be bool or an integer type, got float32",
+        ),
+        (
+            (torch.zeros(4, 4), torch.zeros(5, 4), torch.ones(4).bool()),
+            r"mask must have shape \[5\] .* got \[4\]",
+        ),
+        ((torch.zeros(4, 4), torch.zeros(2, 5, 4), torch.ones(10).bool()), r"mask must have shape \[2, 5\]"),
+        (
+            (torch.zeros(4, 4), torch.zeros(5, 4), torch.ones(5, device="meta").bool()),
+            "mask must be on the device",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(args: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        second_moment_(*args)
+
+
+def test_unknown_isa_is_an_error(native_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTEDIT_ISA", "sse9")
+    with (
+        fastedit.backend("cpu"),
+        pytest.raises(ValueError, match="FASTEDIT_ISA must be one of scalar.*'sse9'"),
+    ):
+        second_moment_(torch.zeros(40, 40), torch.zeros(5, 40))
+
+
+def test_opcheck() -> None:
+    K, mask = problem(63, 40, torch.float32)
+    K = K.nan_to_num(0.0)
+    torch.library.opcheck(_op, (torch.zeros(40, 40, dtype=torch.float64), K, mask))
+    torch.library.opcheck(_op, (torch.zeros(2, 40, 40), torch.ones(2, 9, 40), None))
+
+
+def test_small_sizes_go_to_eager(native_cpu: None) -> None:
+    small = fastedit.explain("second_moment", torch.zeros(8, 8), torch.zeros(5, 8))
+    large = fastedit.explain(
+        "second_moment", torch.zeros(64, 64), torch.zeros(2, 5, 64), mask=torch.ones(2, 5).int()
+    )
+    assert [row.name for row in small if row.chosen] == ["eager"]
+    assert [row.name for row in large if row.chosen] == ["cpu"]
+    assert "under 32" in next(row.reason for row in small if row.name == "cpu")
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+@needs_triton
+@pytest.mark.interp
+def test_triton_in_the_interpreter() -> None:
+    # In a process of its own: whether Triton interprets is fixed when the kernel is decorated.
+    code = """
+        import torch, fastedit
+        from fastedit.ops import second_moment_
+        cases = [
+            (63, 200, torch.bfloat16, torch.float64), (1, 8, torch.float16, torch.float32),
+            (1030, 63, torch.float32, torch.float64), (0, 63, torch.bfloat16, torch.float32),
+        ]
+        for T, d, dtype, master in cases:
+            for masked in (False, True):
+                torch.manual_seed(T)
+                K, mask = torch.randn(2, T, d).to(dtype), torch.rand(T) > 0.4
+                if masked:
+                    K[:, ~mask] = float("nan")
+                C = torch.ones(2, d, d, dtype=master)
+                C[torch.ones(2, d, d, dtype=torch.bool).triu(1)] = 7
+                with fastedit.backend("triton"):
+                    second_moment_(C, K, mask if masked else None)
+                kept = (K[:, mask] if masked else K).double()
+                expected = torch.ones(2, d, d, dtype=torch.float64) + kept.mT @ kept
+                error = (C.double() - expected).tril().norm() / expected.tril().norm()
+                assert error < 1e-6, (T, d, dtype, masked, error)
+                assert C[torch.ones(2, d, d, dtype=torch.bool).triu(1)].eq(7).all()
+        print("ok")
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "ok"
+
+
+def _aot_cases() -> list[object]:
+    cases = [(arch, key, master) for arch in (80, 90) for key in (2, 4) for master in (4, 8)]
+    # The kernel with a list of rows uses what the one without does and more; both are compiled with the slow tests.
+    return [pytest.param(*case, True) for case in cases] + [
+        pytest.param(*case, False, marks=pytest.mark.slow) for case in cases
+    ]
+
+
+@needs_triton
+@pytest.mark.aot
+@pytest.mark.parametrize(("arch", "key", "master", "rows"), _aot_cases())
+def test_triton_compiles_without_spills(
+    arch: int, key: int, master: int, rows: bool, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    from aot import SHARED_LIMIT, compile_kernel
+
+    from fastedit.kernels.second_moment import CONFIGS, _second_moment_kernel
+
+    config = CONFIGS[arch, key, master]
+    strides = ("d", "key_layer_stride", "key_stride", "out_layer_stride", "out_stride")
+    found = compile_kernel(
+        _second_moment_kernel,
+        {
+            "keys": {2: "*bf16", 4: "*fp32"}[key],
+            "rows": "*i32",
+            "count": "*i32",
+            "out": {4: "*fp32", 8: "*fp64"}[master],
+            "tokens": "i32",
+            **dict.fromkeys(strides, "i32"),
+        },
+        config.constexprs(rows, False),
+        arch=arch,
+        warps=config.warps,
+        stages=config.stages,
+        aligned=("keys", "rows", "count", "out", *strides),
+        directory=tmp_path,
+    )
+    assert (found.stack, found.spills) == (0, 0), found
+    assert found.shared <= SHARED_LIMIT[arch], found
+    assert found.tensor_core > 0, found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("master", MASTERS, ids=str)
+@pytest.mark.parametrize("dtype", KEYS, ids=str)
+@pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
+def test_gpu(backend: str, dtype: torch.dtype, master: torch.dtype) -> None:
+    for T, d in [(T, d) for T in (1, 63, 1000, 9000) for d in (8, 200, 1600)]:
+        K, mask = problem(T, d, dtype, device="cuda")
+        C = started(d, master, device="cuda")
+        if backend == "cuda" and dtype == torch.float32:
+            with fastedit.backend(backend), pytest.raises(RuntimeError, match="K is float32"):
+                second_moment_(C, K, mask)
+            continue
+        with fastedit.backend(backend):
+            second_moment_(C, K, mask)
+        check(C, K, mask, tolerance=TOLERANCE["gpu"])  # tensor-core accumulators truncate
+        again = started(d, master, device="cuda")
+        with fastedit.backend(backend):
+            second_moment_(again, K, mask)
+        assert torch.equal(C.tril(), again.tril())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_module_without_a_device_says_so() -> None:
+    if importlib.util.find_spec("fastedit._cuda") is None:
+        pytest.skip("fastedit._cuda is not built: `FASTEDIT_CUDA=on make build`")
+    from fastedit import _cuda
+
+    assert _cuda.info()["devices"] == 0
+    with pytest.raises(RuntimeError, match="no CUDA device: "):
+        _cuda.second_moment(0, True, 8, 64, 0, 0, 1, 8, 1, 0, True, 8, 64, 0)
