@@ -8,26 +8,30 @@ minimises (arXiv:2202.05262 eq. 4, arXiv:2210.07229 eq. 16)
 The losses of different requests share no term, so one backward gives the gradient of each.
 
 What is skipped, exactly: blocks below the injected one and tokens before the lookup token are captured once (they do
-not see delta), weights get no gradient, and logits are formed at the rows that enter the loss only.
+not see delta), weights get no gradient, and logits are formed at the rows that enter the loss only. Requests can leave
+and join between evaluations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastedit.arch import ResolvedArch, block_output
+from fastedit.arch import ResolvedArch
+from fastedit.engine.attention import not_handed_over
+from fastedit.engine.capture import Injection
+from fastedit.engine.forest import Forest
+from fastedit.engine.packed import Trunk
+from fastedit.engine.padded_rows import PaddedRows
 from fastedit.engine.problem import Problem
-from fastedit.engine.replay import Replay
-from fastedit.engine.suffix import SuffixReplay, whole_rows_because
+from fastedit.engine.suffix import PackedSuffix
 from fastedit.ops.target_loss import target_loss
-from fastedit.tokens import Encoded, pad_right
 
-__all__ = ["Loss", "TargetObjective", "TargetSpec"]
+__all__ = ["Loss", "TargetObjective", "TargetSpec", "padded_because"]
 
 Site = Literal["mlp", "block"]
 
@@ -73,8 +77,7 @@ class TargetObjective:
     """The objective of several requests at one injection point, with its gradient.
 
     Attributes:
-        init: ``[E, d]`` clean activation at the injection point (row 0 of each request), fp32 or fp64.
-        whole_rows: why whole rows are run instead of suffixes, or ``None``.
+        padded: why padded rows are run instead of packed suffixes, or ``None``.
     """
 
     def __init__(
@@ -85,161 +88,106 @@ class TargetObjective:
         spec: TargetSpec,
         *,
         pad_id: int = 0,
+        trunk: Trunk | None = None,
     ):
         self._arch = arch
         self._spec = spec
-        rows = [row for problem in problems for row in problem.rows]
-        self.whole_rows = whole_rows_because(model, [row.lookup for row in rows])
-        # Of the KL row only the lookup token is read, and what follows it cannot reach it.
-        cut = [
-            row.ids if row.target or self.whole_rows is not None else row.ids[: row.lookup + 1]
-            for row in rows
-        ]
-        ids, mask = pad_right(cut, pad_id)
-        # A negative lookup counts from the end of the padded row, as one published index rule does.
-        lookup = [row.lookup % ids.shape[1] for row in rows]
-        # A post-norm block normalises the MLP's output before the residual sum, so a vector added to the MLP
-        # must pass through the block itself; elsewhere adding to the block's output is the same sum.
-        self._inside = spec.site == "mlp" and arch.row.post_norm
-        start = spec.layer if self._inside else spec.layer + 1
-        self._replay, self.init = self._capture(model, ids, mask, start, lookup, problems)
-        device, dtype = self._replay.hidden.device, self.init.dtype
-        self._row = torch.arange(len(rows), device=device)
-        # Where a row's first position is its lookup token, positions count from there.
-        origin = [0] * len(rows) if self.whole_rows is not None else lookup
-        lookup = [at - zero for at, zero in zip(lookup, origin, strict=True)]
-        self._lookup = torch.tensor(lookup, device=device)
-        counts = [len(problem.rows) for problem in problems]
-        self._owner = torch.repeat_interleave(torch.arange(len(problems)), torch.tensor(counts)).to(device)
-        self._index_rows(problems, rows, lookup, origin, device, dtype)
+        self._problems: list[Problem] = []
+        injection = Injection(
+            layer=spec.layer,
+            # A post-norm block normalises the MLP's output before the residual sum, so a vector added to the MLP
+            # must pass through the block itself; elsewhere adding to the block's output is the same sum.
+            inside=spec.site == "mlp" and arch.row.post_norm,
+            site=spec.site,
+            loss_layer=arch.depth - 1 if spec.v_loss_layer is None else spec.v_loss_layer,
+        )
+        self.padded = padded_because(arch, problems)
+        self._rows: PackedSuffix | PaddedRows
+        if self.padded is None:
+            self._rows = PackedSuffix(arch, trunk or Trunk(arch, Forest()), injection)
+        else:
+            self._rows = PaddedRows(model, arch, injection, pad_id)
+        self._kl_logp = torch.empty(0)
+        self.extend(problems)
 
-    def _capture(
-        self,
-        model: nn.Module,
-        ids: Tensor,
-        mask: Tensor,
-        start: int,
-        lookup: list[int],
-        problems: Sequence[Problem],
-    ) -> tuple[Replay | SuffixReplay, Tensor]:
-        """Clean forward; keeps the block inputs to replay from and the activation to start from."""
-        arch, spec = self._arch, self._spec
-        first = [0]
-        for problem in problems[:-1]:
-            first.append(first[-1] + len(problem.rows))
-        at = [lookup[row] for row in first]
-        found: list[Tensor] = []
+    @property
+    def init(self) -> Tensor:
+        """``[E, d]`` clean activation at the injection point (row 0 of each request), fp32 or fp64."""
+        return self._rows.init
 
-        def keep(_module: nn.Module, _args: object, output: Any) -> None:
-            # A copy of the rows at once: some blocks add the attention's output to the MLP's in place.
-            activation = block_output(output).detach()
-            found.append(activation.reshape(*ids.shape, -1)[first, at])
+    @property
+    def tokens(self) -> int:
+        """Tokens that every evaluation computes above the injection."""
+        return self._rows.tokens
 
-        module = arch.mlp_out(spec.layer) if spec.site == "mlp" else arch.block(spec.layer)
-        handle = module.register_forward_hook(keep)
-        try:
-            begin = min(start, arch.depth - 1)
-            replay: Replay | SuffixReplay
-            if self.whole_rows is None:
-                replay = SuffixReplay(model, arch, ids, mask, start=begin, lookup=lookup)
-            else:
-                replay = Replay.capture(model, arch, ids, mask, start=begin)
-        finally:
-            handle.remove()
-        # Injecting above the last block leaves nothing to replay: the vector meets the final norm directly.
-        self._nothing_above = start >= arch.depth
-        init = found[0]
-        return replay, init.to(torch.float64 if init.dtype == torch.float64 else torch.float32)
+    @property
+    def checkpointed(self) -> bool:
+        """Whether blocks are run again in the backward instead of keeping their activations."""
+        return self._rows.checkpointed
 
-    def _index_rows(
-        self,
-        problems: Sequence[Problem],
-        rows: Sequence[Encoded],
-        lookup: list[int],
-        origin: list[int],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """Which hidden rows enter the loss, with which label and weight."""
-        batch, position, label, weight, owner, context = [], [], [], [], [], []
-        kl_batch = []
-        row = 0
-        contexts = 0
-        for edit, problem in enumerate(problems):
-            share = 1.0 / (len(problem.target) * len(problem.rewriting))
-            for encoded in problem.rewriting:
-                for offset, token in enumerate(problem.target):
-                    batch.append(row)
-                    position.append(encoded.target_start + offset - origin[row])
-                    label.append(token)
-                    weight.append(share)
-                    owner.append(edit)
-                    context.append(contexts)
-                row += 1
-                contexts += 1
-            kl_batch.append(row)
-            row += 1
-        self._nll_at = torch.tensor([batch, position], device=device)
+    @checkpointed.setter
+    def checkpointed(self, value: bool) -> None:
+        self._rows.checkpointed = value
+
+    def extend(self, problems: Sequence[Problem]) -> None:
+        """Let more requests join, behind the present ones."""
+        known = len(self._problems)
+        self._rows.extend(problems)
+        self._problems += problems
+        fresh = self._clean_log_probabilities(known)
+        self._kl_logp = torch.cat([self._kl_logp, fresh]) if known else fresh
+        self._index()
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Keep the requests at these positions, in this order; the others leave."""
+        self._rows.keep(positions)
+        self._problems = [self._problems[i] for i in positions]
+        self._kl_logp = self._kl_logp[torch.tensor(list(positions), device=self._kl_logp.device)]
+        self._index()
+
+    def _clean_log_probabilities(self, first: int) -> Tensor:
+        """log p0 at the KL rows of the requests from ``first`` on, ``[E', V]``."""
+        with torch.no_grad(), self._rows.running():
+            rows = self._rows.kl_clean[first:]
+            if rows.dtype != self.init.dtype:
+                # A half-precision forward differs from the single-precision stream that p is read from.
+                _, rows = self._rows.run(torch.zeros_like(self.init))
+                rows = rows[first:]
+            rows = self._arch.head_input(rows).to(self.init.dtype)
+            weight: Tensor = self._arch.head.weight  # type: ignore[assignment]
+            # In pieces: a half-precision head is never copied whole to single precision.
+            logits = torch.cat([rows @ part.to(rows.dtype).T for part in weight.split(8192)], dim=1)
+            if (bias := getattr(self._arch.head, "bias", None)) is not None:
+                logits += bias.to(rows.dtype)
+            if (cap := self._arch.softcap) is not None:
+                logits = torch.tanh(logits / cap) * cap
+            return torch.log_softmax(logits, dim=-1)
+
+    def _index(self) -> None:
+        """Label, weight and owner of every loss row, in order of request, row and target token."""
+        device, dtype = self.init.device, self.init.dtype
+        label: list[int] = []
+        owner, context, context_owner = list[int](), list[int](), list[int]()
+        share, token_share, context_share = list[float](), list[float](), list[float]()
+        for edit, problem in enumerate(self._problems):
+            rows, length = len(problem.rewriting), len(problem.target)
+            for _ in range(rows):
+                label += problem.target
+                context += [len(context_owner)] * length
+                context_owner.append(edit)
+                context_share.append(1.0 / rows)
+            owner += [edit] * (rows * length)
+            share += [1.0 / (rows * length)] * (rows * length)
+            token_share += [1.0 / length] * (rows * length)
         self._label = torch.tensor(label, device=device)
-        self._weight = torch.tensor(weight, device=device, dtype=dtype)
         self._nll_owner = torch.tensor(owner, device=device)
         self._nll_context = torch.tensor(context, device=device)
-        self._context_owner = torch.tensor(
-            [edit for edit, problem in enumerate(problems) for _ in problem.rewriting], device=device
-        )
-        self._context_share = torch.tensor(
-            [1.0 / len(problem.rewriting) for problem in problems for _ in problem.rewriting],
-            device=device,
-            dtype=dtype,
-        )
-        self._token_share = torch.tensor(
-            [
-                1.0 / len(problem.target)
-                for problem in problems
-                for _ in range(len(problem.rewriting) * len(problem.target))
-            ],
-            device=device,
-            dtype=dtype,
-        )
-        self._kl_at = torch.tensor([kl_batch, [lookup[r] for r in kl_batch]], device=device)
-        self._kl_rows = torch.arange(len(problems), device=device)
-        self._no_label = torch.full((len(problems),), -1, device=device)
-        with torch.no_grad():
-            logits = self._arch.logits(self._replay.final[self._kl_at[0], self._kl_at[1]])
-            self._kl_logp = torch.log_softmax(logits.to(dtype), dim=-1)
-
-    def _forward(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden rows for the NLL and for the KL, before the final norm."""
-        spec, replay = self._spec, self._replay
-        shift = delta[self._owner]
-        loss_layer = self._arch.depth - 1 if spec.v_loss_layer is None else spec.v_loss_layer
-        nll_source: Tensor | None = None
-        if self._inside:
-            hidden = self._block_with_shift(shift)
-            done = spec.layer + 1
-        else:
-            base = replay.final if self._nothing_above else replay.hidden
-            hidden = base.index_put((self._row, self._lookup), shift.to(base.dtype), accumulate=True)
-            done = spec.layer + 1
-        if loss_layer + 1 < self._arch.depth:
-            hidden = replay.run(hidden, start=done, stop=loss_layer + 1)
-            nll_source = hidden
-            done = loss_layer + 1
-        hidden = replay.run(hidden, start=done, stop=self._arch.depth)
-        source = hidden if nll_source is None else nll_source
-        return source[self._nll_at[0], self._nll_at[1]], hidden[self._kl_at[0], self._kl_at[1]]
-
-    def _block_with_shift(self, shift: Tensor) -> Tensor:
-        def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-            rows = output.reshape(*self._replay.mask.shape, -1)
-            rows = rows.index_put((self._row, self._lookup), shift.to(output.dtype), accumulate=True)
-            return rows.reshape(output.shape)
-
-        handle = self._arch.mlp_out(self._spec.layer).register_forward_hook(add)
-        try:
-            return self._replay.run(self._replay.hidden, start=self._spec.layer, stop=self._spec.layer + 1)
-        finally:
-            handle.remove()
+        self._context_owner = torch.tensor(context_owner, device=device)
+        self._weight = torch.tensor(share, device=device, dtype=dtype)
+        self._token_share = torch.tensor(token_share, device=device, dtype=dtype)
+        self._context_share = torch.tensor(context_share, device=device, dtype=dtype)
+        self._kl_rows = torch.arange(len(self._problems), device=device)
+        self._no_label = torch.full((len(self._problems),), -1, device=device)
 
     def __call__(self, delta: Tensor, *, grad: bool = True) -> tuple[Loss, Tensor | None]:
         """Loss terms and the gradient of ``nll + kl_factor * kl`` (``delta_step_`` adds the decay's).
@@ -248,16 +196,13 @@ class TargetObjective:
             delta: ``[E, d]``.
             grad: ``False`` skips the backward.
         """
-        spec = self._spec
         leaf = delta.detach().requires_grad_(grad)
-        with torch.set_grad_enabled(grad):
-            nll_rows, kl_rows = self._forward(leaf)
-            nll, kl = self._losses(nll_rows, kl_rows)
-            edits = len(self.init)
-            nll_edit = torch.zeros(edits, dtype=nll.dtype, device=nll.device).index_add(
+        with torch.set_grad_enabled(grad), self._rows.running():
+            nll, kl = self._losses(*self._rows.run(leaf))
+            nll_edit = torch.zeros(len(self.init), dtype=nll.dtype, device=nll.device).index_add(
                 0, self._nll_owner, nll * self._weight
             )
-            objective = (nll_edit + spec.kl_factor * kl).sum()
+            objective = (nll_edit + self._spec.kl_factor * kl).sum()
             gradient = torch.autograd.grad(objective, leaf)[0] if grad else None
         return self._terms(delta, nll.detach(), nll_edit.detach(), kl.detach()), gradient
 
@@ -290,3 +235,10 @@ class TargetObjective:
         )
         kl_term = spec.kl_factor * kl
         return Loss(nll_edit + kl_term + decay, nll_edit, kl_term, decay, probability)
+
+
+def padded_because(arch: ResolvedArch, problems: Sequence[Problem]) -> str | None:
+    """Why the rows of these problems cannot run as packed suffixes, or ``None`` if they can."""
+    if any(row.lookup < 0 for problem in problems for row in problem.rows):
+        return "a lookup token is counted from the end of the padded row"
+    return not_handed_over(arch)

@@ -1,222 +1,266 @@
 """The blocks above an injection, on the tokens from the lookup token on, against frozen keys and values.
 
-A vector added at token t of layer l moves nothing before t: the keys and values of earlier tokens are those of the
-clean forward, in every layer. So one clean forward is captured with its cache, and the blocks above run on the few
-tokens from t on (subject end, rest of the prompt, target), which attend to the frozen prefix and to each other. The
-blocks are the model's own, called as it calls them: their masks, positions, rotary tables and ALiBi slopes are those
-of the captured call, read at the positions of the suffix.
+A vector added at token t of layer l moves nothing below l and nothing before t: the keys and values of earlier tokens
+are those of the clean forward, in every layer. So one clean forward is made, its keys and values are kept, and the
+blocks above run on the few tokens from t on (subject end, rest of the prompt, target), which attend to the frozen
+prefix and to each other. What follows from that, all of it exact:
 
-Exact: the same products in another order, so fp32 results agree to rounding. What cannot be called this way (attention
-kernels that take no mask, lookup tokens counted from the end of a padded row) runs on whole rows, see ``Replay``.
+- tokens of all requests are one packed row: no padding, and prefixes that rows share are kept once;
+- a row that is the beginning of another row of its request (``"{} is a"`` against a prompt that starts with the
+  subject) is not run again;
+- the last block computes keys and values of all tokens, and the rest at loss rows only;
+- above ``loss_layer`` only the lookup tokens of the KL rows go on.
+
+The same products in another order, so fp32 results agree to rounding.
 """
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.utils.checkpoint import checkpoint
 
-from fastedit.arch import ResolvedArch, block_output
+from fastedit.arch import ResolvedArch
+from fastedit.engine.attention import attending
+from fastedit.engine.capture import Capture, Injection, Placed, place
+from fastedit.engine.forest import Branch, Forest
+from fastedit.engine.packed import Plan, Trunk, at_tokens, call_block
+from fastedit.engine.precision import stream_dtype, wide_residual
+from fastedit.engine.problem import Problem
 from fastedit.engine.replay import StopForward
 
-__all__ = ["SuffixReplay", "whole_rows_because"]
-
-_MASK_TAKING = ("eager", "sdpa")  # attention implementations that accept an additive [B, 1, S', P + S'] mask
+__all__ = ["PackedSuffix", "trunk_of"]
 
 
-def whole_rows_because(model: nn.Module, lookup: list[int]) -> str | None:
-    """Why suffixes cannot be used for these rows, or ``None`` if they can."""
-    kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if kind not in _MASK_TAKING:
-        return f"attention implementation {kind!r} takes no explicit mask"
-    if any(index < 0 for index in lookup):
-        return "a lookup token is counted from the end of the padded row"
-    return None
+def trunk_of(arch: ResolvedArch, problems: Sequence[Problem]) -> Trunk:
+    """The beginnings, up to the lookup token, that rows of several requests have in common."""
+    rows = [[row.ids[: row.lookup] for row in problem.rows] for problem in problems]
+    # In thousands of requests any two may agree by chance; what only a few share stays with them.
+    return Trunk(arch, Forest.common(rows, least=max(2, len(problems) // 32)))
 
 
-class _Frozen:
-    """What a block sees as its cache: the prefix of the clean forward, the same at every call."""
+class PackedSuffix:
+    """Suffixes of the rows of some requests, to be run again and again from vectors at their lookup tokens.
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._keys = keys
-        self._values = values
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values to attend to: the frozen prefix, then the block's own."""
-        return torch.cat([self._keys, keys], dim=-2), torch.cat([self._values, values], dim=-2)
-
-    def get_seq_length(self, *_: Any) -> int:
-        """Length of the prefix."""
-        return self._keys.shape[-2]
-
-
-class SuffixReplay:
-    """A captured forward whose blocks ``start..depth-1`` run again on suffixes.
+    Requests can leave (`keep`) and join (`extend`) between runs; the rest keeps its place and its bits.
 
     Attributes:
-        hidden: ``[B, S', d]`` input of block ``start`` at the suffix of each row; position 0 is the lookup token.
-        final: ``[B, S', d]`` output of the last block there.
-        mask: ``[B, S']`` 1 on suffix tokens, 0 on padding.
-        tokens: number of suffix tokens.
+        init: ``[E, d]`` clean activation at ``site`` and row 0's lookup token, in the stream's dtype.
+        kl_clean: ``[E, d]`` clean output of the last block at the KL rows.
+        checkpointed: run blocks again in the backward instead of keeping what they saved.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        arch: ResolvedArch,
-        ids: Tensor,
-        mask: Tensor,
-        *,
-        start: int,
-        lookup: list[int],
-    ) -> None:
-        device = arch.embed.weight.device  # type: ignore[union-attr]
-        ids, mask = ids.to(device), mask.to(device)  # type: ignore[arg-type]
-        self.arch, self.start = arch, start
-        calls, cache, hidden, final = _capture(model, arch, ids, mask, start)
-        width = ids.shape[1]
-        at = torch.tensor(lookup, device=hidden.device)
-        lengths = mask.to(hidden.device).sum(1) - at
-        offsets = torch.arange(int(lengths.max()), device=hidden.device)
-        # Padding repeats the row's last position: masked as a key, never read as a result.
-        where = (at[:, None] + offsets).clamp(max=width - 1)
-        self.mask = (offsets < lengths[:, None]).to(mask.dtype)
-        rows = torch.arange(len(lookup), device=hidden.device)[:, None]
-        self.hidden, self.final = hidden[rows, where], final[rows, where]
-        self._place = _Place(rows, where, at, int(at.max()), width, self.mask)
-        self._calls = [
-            self._place.call(arch.block(start + i), call, cache.layers[start + i])
-            for i, call in enumerate(calls)
-        ]
+    def __init__(self, arch: ResolvedArch, trunk: Trunk, injection: Injection) -> None:
+        self._arch, self._trunk, self._at = arch, trunk, injection
+        self._start = injection.layer if injection.inside else injection.layer + 1
+        self._edits: list[Placed] = []
+        self._hidden = torch.empty(0)
+        self._calls: list[tuple[str, dict[str, Any]]] = []
+        self._stores: dict[int, tuple[Tensor, Tensor]] = {}
+        self._now: tuple[Plan, list[Tensor] | None]
+        self.init = self.kl_clean = torch.empty(0)
+        self.checkpointed = False
 
     @property
     def tokens(self) -> int:
-        """Suffix tokens of all rows, without padding."""
-        return int(self.mask.sum())
+        """Tokens that every run computes."""
+        return sum(edit.tokens for edit in self._edits)
 
-    def run(self, hidden: Tensor, *, start: int | None = None, stop: int | None = None) -> Tensor:
-        """Output ``[B, S', d]`` of block ``stop - 1`` when block ``start`` is given ``hidden``."""
-        first = self.start if start is None else start
-        last = self.start + len(self._calls) if stop is None else stop
-        for index in range(first, last):
-            name, call = self._calls[index - self.start]
-            hidden = block_output(self.arch.block(index)(**{**call, name: hidden}))
-        return hidden
+    def extend(self, problems: Sequence[Problem]) -> None:
+        """Capture more requests: one clean forward over their tokens."""
+        prefix = Forest(self._trunk.forest)
+        shift = 0 if not self._stores else len(next(iter(self._stores.values()))[0]) - prefix.offset
+        edits: list[Placed] = []
+        ids: list[int] = []
+        places: list[int] = []
+        firsts: list[int] = []
+        for problem in problems:
+            edit, first, own_ids, own_places = place(problem, prefix)
+            firsts.append(len(ids) + first)
+            edits.append(edit)
+            ids += own_ids
+            places += own_places
+        captured = Capture(self._arch, self._trunk, prefix, edits, ids, places, self._at, self._start)
+        number = {prefix.offset + i: prefix.offset + i + shift for i in range(len(prefix))} if shift else {}
+        self._append(captured, [edit.renumbered(number) for edit in edits], firsts)
 
-
-def _capture(
-    model: nn.Module, arch: ResolvedArch, ids: Tensor, mask: Tensor, start: int
-) -> tuple[list[dict[str, Any]], DynamicCache, Tensor, Tensor]:
-    """One clean forward with a cache; the named arguments of every block from ``start`` on."""
-    calls: list[dict[str, Any]] = []
-    first: list[Tensor] = []
-    last: list[Tensor] = []
-
-    def remember(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = _named(block, args, kwargs)
-        if not first:
-            first.append(next(iter(named.values())).detach())
-        calls.append(named)
-
-    def end(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        last.append(block_output(output).detach())
-        raise StopForward
-
-    handles = [
-        arch.block(i).register_forward_pre_hook(remember, with_kwargs=True) for i in range(start, arch.depth)
-    ]
-    handles.append(arch.block(arch.depth - 1).register_forward_hook(end))
-    # No configuration: a sliding-window layer would otherwise drop keys that a suffix still needs.
-    cache = DynamicCache()
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    except StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, cache, first[0], last[0]
-
-
-def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, the hidden states first."""
-    signature = inspect.signature(block.forward)
-    bound = signature.bind(*args, **kwargs).arguments
-    named: dict[str, Any] = {}
-    for name, value in bound.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
+    def _append(self, new: Capture, edits: list[Placed], firsts: list[int]) -> None:
+        dtype = stream_dtype(new.hidden.dtype)
+        init = new.site[torch.tensor(firsts, device=new.site.device)].to(dtype)
+        if not self._edits:
+            self._hidden, self._calls, self._stores = new.hidden.to(dtype), new.calls, new.stores(self._trunk)
+            self.init, self.kl_clean = init, new.kl_clean
         else:
-            named[name] = value
-    if "attention_mask" not in named:
-        named["attention_mask"] = None
-    return named
+            self._hidden = torch.cat([self._hidden, new.hidden.to(dtype)])
+            self._calls = [
+                (name, _joined(mine, theirs))
+                for (name, mine), (_, theirs) in zip(self._calls, new.calls, strict=True)
+            ]
+            for layer, (k, v) in self._stores.items():
+                k_new, v_new = new.own(layer)
+                self._stores[layer] = (torch.cat([k, k_new]), torch.cat([v, v_new]))
+            self.init = torch.cat([self.init, init])
+            self.kl_clean = torch.cat([self.kl_clean, new.kl_clean])
+        self._edits += edits
+        self._arrange()
 
-
-class _Place:
-    """Where the suffixes sit in their rows, and how the arguments of a call look from there."""
-
-    def __init__(
-        self, rows: Tensor, where: Tensor, lookup: Tensor, prefix: int, width: int, mask: Tensor
-    ) -> None:
-        self.rows, self.where, self.prefix, self.width = rows, where, prefix, width
-        columns = torch.arange(prefix, device=where.device)
-        before = columns < lookup[:, None]  # [B, P]
-        steps = torch.arange(where.shape[1], device=where.device)
-        own = (steps[None, :] <= steps[:, None])[None] & mask[:, None].bool()  # [B, S', S']
-        self.allowed = torch.cat([before[:, None].expand(-1, len(steps), -1), own], dim=2)  # [B, S', P + S']
-        # Columns of the captured row that the P + S' attended positions are.
-        self.columns = torch.cat([columns.expand(len(rows), -1), where], dim=1)  # [B, P + S']
-
-    def call(self, block: nn.Module, named: dict[str, Any], layer: Any) -> tuple[str, dict[str, Any]]:
-        """The name of the hidden states, and the other arguments for the suffix."""
-        hidden_name = next(iter(named))
-        dtype = named[hidden_name].dtype
-        out: dict[str, Any] = {}
-        for name, value in list(named.items())[1:]:
-            if isinstance(value, DynamicCache):
-                keys, values = layer.keys[..., : self.prefix, :], layer.values[..., : self.prefix, :]
-                out[name] = _Frozen(keys, values)
-            elif name == "attention_mask":
-                out[name] = self._attention_mask(value, dtype)
-            elif name == "alibi" and isinstance(value, Tensor):
-                out[name] = self._alibi(value)
-            elif name == "use_cache":
-                out[name] = False
-            else:
-                out[name] = self._at_suffix(value)
-        return hidden_name, out
-
-    def _attention_mask(self, captured: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask; what the captured one hides (padding, a sliding window) stays hidden."""
-        allowed = self.allowed
-        if captured is not None:
-            seen = (
-                captured if captured.dtype == torch.bool else captured > torch.finfo(captured.dtype).min / 2
-            )
-            seen = seen[:, 0].expand(len(self.rows), -1, -1)
-            seen = seen[self.rows, self.where]  # [B, S', S]
-            allowed = allowed & seen.gather(2, self.columns[:, None].expand(-1, allowed.shape[1], -1))
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-            ~allowed, torch.finfo(dtype).min
-        )[:, None]
-
-    def _alibi(self, captured: Tensor) -> Tensor:
-        """Slope times position of every attended key: ``[B * heads, 1, S]`` becomes ``[B * heads, 1, P + S']``."""
-        batch = len(self.rows)
-        heads = captured.view(batch, -1, captured.shape[-1])
-        return heads.gather(2, self.columns[:, None].expand(-1, heads.shape[1], -1)).view(
-            captured.shape[0], 1, -1
+    def keep(self, positions: Sequence[int]) -> None:
+        """Keep the requests at these positions, in this order; the others leave."""
+        starts = [0]
+        for edit in self._edits:
+            starts.append(starts[-1] + edit.tokens)
+        tokens = [t for i in positions for t in range(starts[i], starts[i + 1])]
+        kept = [self._edits[i] for i in positions]
+        trunk = len(self._trunk.forest)
+        used = sorted({c for edit in kept for columns, _ in edit.branches for c in columns if c >= trunk})
+        number = {old: trunk + new for new, old in enumerate(used)}
+        self._edits = [edit.renumbered(number) for edit in kept]
+        before = len(self._hidden)
+        at = torch.tensor(tokens, dtype=torch.int64, device=self._hidden.device)
+        self._hidden = self._hidden[at]
+        self._calls = [(name, at_tokens(named, at, before)) for name, named in self._calls]
+        rows = torch.tensor([*range(trunk), *used], dtype=torch.int64, device=at.device)
+        self._stores = {
+            layer: (k[rows.to(k.device)], v[rows.to(v.device)]) for layer, (k, v) in self._stores.items()
+        }
+        edits = torch.tensor(list(positions), dtype=torch.int64, device=at.device)
+        self.init, self.kl_clean = (
+            self.init[edits.to(self.init.device)],
+            self.kl_clean[edits.to(self.kl_clean.device)],
         )
+        self._arrange()
 
-    def _at_suffix(self, value: Any) -> Any:
-        """Positions and rotary tables ``[1 or B, S, ...]`` at the suffix; anything else as it is."""
-        if isinstance(value, tuple):
-            return tuple(self._at_suffix(item) for item in value)
-        if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == self.width:
-            return value.expand(len(self.rows), *value.shape[1:])[self.rows, self.where]
-        return value
+    def _arrange(self) -> None:
+        """Index tensors of the present requests."""
+        device = self._hidden.device
+        branches, owner, nll, kl, kl_columns = [], [], [], [], []
+        start = 0
+        for index, edit in enumerate(self._edits):
+            nll += [start + token for token in edit.nll]
+            kl.append(start + edit.kl)
+            kl_columns.append(edit.branches[edit.kl_branch][0])
+            for columns, count in edit.branches:
+                branches.append(Branch(start, start + count, columns))
+                owner.append(index)
+                start += count
+        self._lookup = torch.tensor([branch.start for branch in branches], device=device)
+        self._owner = torch.tensor(owner, device=device)
+        self._plan = Plan.of(branches, device)
+        early = self._at.loss_layer + 1 < self._arch.depth
+        wanted = sorted({*nll, *([] if early else kl)})
+        number = {token: i for i, token in enumerate(wanted)}
+        self._wanted = torch.tensor(wanted, dtype=torch.int64, device=device)
+        self._nll = torch.tensor([number[token] for token in nll], device=device)
+        self._kl_tokens = torch.tensor(kl, device=device)
+        if early:
+            # A KL token is a lookup token: above the loss layer it sees its prefix and itself only.
+            self._last = Plan.of([Branch(i, i + 1, columns) for i, columns in enumerate(kl_columns)], device)
+            self._kl = torch.arange(len(kl), device=device)
+            tokens, total = self._kl_tokens, len(self._hidden)
+            self._kl_calls = [(name, at_tokens(named, tokens, total)) for name, named in self._calls]
+        else:
+            self._last = Plan.of(branches, device, wanted)
+            self._kl = torch.tensor([number[token] for token in kl], device=device)
+
+    def run(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden rows before the final norm, with ``delta [E, d]`` added: loss rows ``[R, d]``, KL rows ``[E, d]``.
+
+        Loss rows are in order of request, row and target token. Differentiable in ``delta``; call it, and its
+        backward, inside `running`.
+        """
+        at, depth = self._at, self._arch.depth
+        shift = delta[self._owner].to(self._hidden.dtype)
+        if at.inside:
+            hidden = self._block_with(shift)
+            done = at.layer + 1
+        else:
+            hidden = self._hidden.index_put((self._lookup,), shift, accumulate=True)[None]
+            done = at.layer + 1
+        early = at.loss_layer + 1 < depth
+        for layer in range(done, at.loss_layer + 1 if early else depth - 1):
+            hidden = self._block(layer, hidden, self._calls, self._plan)
+        if early:
+            nll_rows = hidden[0, self._wanted]
+            hidden = hidden[:, self._kl_tokens]
+            for layer in range(at.loss_layer + 1, depth):
+                hidden = self._block(layer, hidden, self._kl_calls, self._last)
+            return nll_rows[self._nll], hidden[0]
+        wanted = hidden[:, self._wanted] if done >= depth else self._last_block(hidden)
+        return wanted[0, self._nll], wanted[0, self._kl]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Context for `run` and its backward: attention handed over, residual stream in the stream's dtype."""
+        with attending(self._arch, self.attend), wide_residual(self._arch):
+            yield
+
+    def _block(
+        self, layer: int, hidden: Tensor, calls: list[tuple[str, dict[str, Any]]], plan: Plan
+    ) -> Tensor:
+        def block(hidden: Tensor) -> Tensor:
+            self._now = (plan, None)
+            return call_block(self._arch, layer, hidden, calls[layer - self._start])
+
+        if self.checkpointed and hidden.requires_grad:
+            kept: Tensor = checkpoint(block, hidden, use_reentrant=False)
+            return kept
+        return block(hidden)
+
+    def _block_with(self, shift: Tensor) -> Tensor:
+        """The injected block, with the vectors added to its MLP's last matrix."""
+        total = len(self._hidden)
+
+        def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+            rows = output.reshape(total, -1).to(shift.dtype)
+            return rows.index_put((self._lookup,), shift, accumulate=True).reshape(output.shape)
+
+        handle = self._arch.mlp_out(self._at.layer).register_forward_hook(add)
+        try:
+            return self._block(self._at.layer, self._hidden[None], self._calls, self._plan)
+        finally:
+            handle.remove()
+
+    def _last_block(self, hidden: Tensor) -> Tensor:
+        """Output of the last block at the wanted tokens; the others only give their keys and values."""
+        layer, arch = self._arch.depth - 1, self._arch
+        call = self._calls[layer - self._start]
+
+        def block(hidden: Tensor) -> Tensor:
+            given: list[Tensor] = []
+            self._now = (self._last, given)
+            with suppress(StopForward):
+                call_block(arch, layer, hidden, call)
+            tokens = self._wanted
+            narrow = (call[0], at_tokens(call[1], tokens, hidden.shape[1]))
+            return call_block(arch, layer, hidden[:, tokens], narrow)
+
+        if self.checkpointed and hidden.requires_grad:
+            kept: Tensor = checkpoint(block, hidden, use_reentrant=False)
+            return kept
+        return block(hidden)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of a block in `run`; the last block calls twice, first for its keys and values."""
+        plan, given = self._now
+        if given is not None:
+            if not given:
+                given += [k, v]
+                raise StopForward
+            k, v = given
+        k_prefix, v_prefix = self._stores[layer]
+        return plan.attend(q, k, v, k_prefix, v_prefix, **options)
+
+
+def _joined(mine: Any, theirs: Any) -> Any:
+    """Token tables of two captures, one after the other; anything else must be the same and stays."""
+    if isinstance(mine, dict):
+        return {name: _joined(value, theirs[name]) for name, value in mine.items()}
+    if isinstance(mine, tuple):
+        return tuple(_joined(a, b) for a, b in zip(mine, theirs, strict=True))
+    if isinstance(mine, Tensor):
+        return torch.cat([mine, theirs], dim=1 if mine.ndim >= 2 else 0)
+    return mine
