@@ -19,9 +19,9 @@ from fastedit.ops._dispatch import define_op
 
 __all__ = ["branch_attention"]
 
-# Gathered elements of a chunk of branches: 1 MB in float32, so the products find them in cache on a CPU. Other
-# devices take 256 times as many: launches cost more.
-_CHUNK_ELEMENTS = 1 << 18
+# Gathered elements of a chunk of branches: 2 MB in float32, so the products find them in cache on a CPU. Other
+# devices take 128 times as many: launches cost more.
+_CHUNK_ELEMENTS = 1 << 19
 
 
 def branch_attention(
@@ -62,6 +62,8 @@ def branch_attention(
     FlashAttention (arXiv:2205.14135, appendix B).
     """
     _check(q, k, v, k_prefix, v_prefix, columns, q_starts, q_offsets, k_starts, max_q, max_k, softcap, window)
+    if k_prefix.shape[0] == 0:
+        columns = columns[:, :0]
     store = k_prefix.detach(), v_prefix.detach()
     index = columns, q_starts, q_offsets, k_starts
     out, _ = _op(q, k, v, *store, *index, max_q, max_k, float(scale), float(softcap or 0.0), window or 0)
@@ -178,7 +180,7 @@ def _chunks(
     """Padding repeats rows of the same branch where it has any, so that no branch reads what another one made."""
     B, C = columns.shape
     slots_q, slots_k, places = (torch.arange(n, device=columns.device) for n in (max_q, max_k, C))
-    elements = _CHUNK_ELEMENTS * (1 if columns.device.type == "cpu" else 256)
+    elements = _CHUNK_ELEMENTS * (1 if columns.device.type == "cpu" else 128)
     step = max(1, elements // (max(C, max_q, max_k) * row_elements))
     for first in range(0, B, step):
         part = slice(first, first + step)
@@ -214,7 +216,7 @@ class _Products:
         self, chunk: _Chunk, q: _Rows, k: _Rows, k_prefix: _Rows, scale: float, softcap: float, heads: int
     ) -> None:
         self.chunk, self.scale, self.softcap, self.heads = chunk, scale, softcap, heads
-        self.q = q.gather(chunk.queries)
+        self.q = _blank(q.gather(chunk.queries), chunk.idle)
         self.k_prefix, self.k = _prefix(k_prefix, chunk), k.gather(chunk.keys)
         self.C = self.k_prefix.shape[1]
         self.scores = self.with_keys(self.q, self.k_prefix, self.k).mul_(scale)
@@ -223,12 +225,9 @@ class _Products:
 
     def with_keys(self, left: Tensor, prefix: Tensor, own: Tensor) -> Tensor:
         """left [n, rows, D] times the transposed prefix and own tiles."""
-        C, rows = prefix.shape[1], left.shape[1]
-        found = left.new_empty(left.shape[0], rows, C + own.shape[1])
-        torch.bmm(left, own.mT, out=found[:, :, C:])
-        if C:
-            torch.bmm(left, prefix.mT, out=found[:, :, :C])
-        return found
+        # bmm takes its batched path only into a contiguous result: the scores are copied, being few.
+        own_part = torch.bmm(left, own.mT)
+        return torch.cat([torch.bmm(left, prefix.mT), own_part], dim=2) if prefix.shape[1] else own_part
 
     def times(self, weights: Tensor, prefix: Tensor, own: Tensor) -> Tensor:
         """weights [n, rows, C + max_k] times the prefix and own tiles, [n, rows, D]."""
@@ -344,11 +343,13 @@ def _eager_backward(
     R, H, D = q.shape
     N, G, _ = k.shape
     dtype = _arithmetic(q)
-    dq, dk, dv = q.new_empty(R + 1, H, D), k.new_zeros(N + 1, G, D), v.new_zeros(N + 1, G, D)
+    if R == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    dq, dk, dv = q.new_empty(R + 1, H, D), k.new_empty(N + 1, G, D), v.new_empty(N + 1, G, D)
     rows = (_Rows(x, G, dtype) for x in (grad, lse[:, :, None], q, k, v, k_prefix, v_prefix))
     grad_rows, lse_rows, q_rows, k_rows, v_rows, *store = rows
     sizes = max_q, max_k, window, N, H * D
-    for chunk in _chunks(columns, q_starts, q_offsets, k_starts, *sizes) if R else ():
+    for chunk in _chunks(columns, q_starts, q_offsets, k_starts, *sizes):
         products = _Products(chunk, q_rows, k_rows, store[0], scale, softcap, H)
         b, C = chunk.queries.shape[0], products.C
         g = _blank(grad_rows.gather(chunk.queries), chunk.idle)
