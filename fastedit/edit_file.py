@@ -6,13 +6,9 @@ Tensors are stored as they are. The metadata holds ``format``, ``version``, ``he
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["atomic_path", "fsync_path", "read_file", "write_file", "write_safetensors"]
+from fastedit.atomic_file import atomic_path
+
+__all__ = ["read_file", "write_file", "write_safetensors"]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -32,36 +30,6 @@ _DTYPES = {
 
 # What reading a damaged file can raise, from the container down to the JSON in it.
 _DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError)
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A fresh path beside `path` to write to; renamed over `path` at the end, removed if the block raises.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: folder {str(path.parent)!r} does not exist")
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        fsync_path(part)
-        part.replace(path)
-        fsync_path(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def fsync_path(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_file(

@@ -23,6 +23,7 @@ LEVELS = {
     "_cpu": 0,
     "_cuda": 0,
     "ops": 1,
+    "atomic_file": 2,
     "request": 2,
     "readers": 2,
     "tokens": 2,

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastedit.atomic_file import atomic_path
 from fastedit.delta import fingerprint
-from fastedit.edit_file import atomic_path
 from fastedit.request import EditRequest
 
 __all__ = ["TargetCache"]
@@ -90,6 +90,5 @@ class TargetCache:
     def save(self, request: EditRequest, value: Tensor) -> None:
         """Write one target, atomically."""
         path = self.path(request)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part, part.open("wb") as file:
+        with atomic_path(path, make_folder=True) as part, part.open("wb") as file:
             np.savez(file, v_star=value.detach().float().cpu().numpy())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastedit.evaluate.report import replacing
+from fastedit.atomic_file import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,9 +70,9 @@ def plot_probabilities(
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False)
     # Text stays text in an SVG (it can be searched and is read aloud), and equal plots are equal files.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastedit"}), replacing(target) as file:
+    with atomic_path(target) as part, rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastedit"}):
         figure.savefig(
-            file, format="svg" if svg else "png", dpi=150, metadata={"Date": None} if svg else None
+            part, format="svg" if svg else "png", dpi=150, metadata={"Date": None} if svg else None
         )
     return target
 

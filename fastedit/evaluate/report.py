@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastedit.atomic_file import atomic_path
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fastedit.evaluate.metrics import Evaluation, KindSummary
 
-__all__ = ["comparison_table", "replacing", "request_table", "write_json"]
+__all__ = ["comparison_table", "request_table", "write_json"]
 
 # Heading, field of KindSummary, shown as a percentage.
 _COLUMNS = (
@@ -95,27 +95,9 @@ def write_json(path: str | os.PathLike[str], payload: Mapping[str, Any]) -> None
     """Write payload as indented JSON; an existing file is replaced only once the new one is safely on
     disk.
     """
-    with replacing(path) as file:
-        text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write(text.encode() + b"\n")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write to that takes the place of ``path`` on success; on any error ``path`` stays as it
-    was.
-    """
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+    text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as part:
+        part.write_bytes(text.encode() + b"\n")
 
 
 def _count(summary: KindSummary) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastedit.edit_file import fsync_path
+from fastedit.atomic_file import fsync_path
 
 __all__ = ["atomic_folder"]
 

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastedit.arch import editable_weight, unwrap
+from fastedit.atomic_file import atomic_path
 from fastedit.delta import fingerprint
 from fastedit.edit import Edit
-from fastedit.edit_file import atomic_path, read_file, write_file
+from fastedit.edit_file import read_file, write_file
 from fastedit.export.folder import atomic_folder
 
 __all__ = ["UNDO", "export_model", "restore_exported"]

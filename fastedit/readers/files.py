@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastedit.atomic_file import atomic_path
 from fastedit.readers.schemas import FORMATS, format_of, request_from
 from fastedit.request import EditRequest
 
@@ -83,16 +84,8 @@ def write_requests(path: str | os.PathLike[str], requests: Iterable[EditRequest]
     data = "".join(lines).encode()
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)  # no time stamp: the same requests give the same bytes
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as part:
+        part.write_bytes(data)
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch, find_module, resolve
-from fastedit.stats.checkpoint import atomic_path, read_tensors, write_tensors
+from fastedit.atomic_file import atomic_path
+from fastedit.stats.checkpoint import read_tensors, write_tensors
 from fastedit.stats.legacy import FileName, file_name, model_folders, read_npz, write_npz
 from fastedit.stats.moment import SecondMoment
 from fastedit.stats.provenance import Provenance, model_fingerprint, tokenizer_fingerprint

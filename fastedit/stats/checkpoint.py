@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,33 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["atomic_path", "deferred_interrupt", "read_tensors", "write_tensors"]
+from fastedit.atomic_file import atomic_path
+
+__all__ = ["deferred_interrupt", "read_tensors", "write_tensors"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32"}
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what was written there replaces `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_tensors(
@@ -69,7 +46,7 @@ def write_tensors(
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, temporary.open("wb", buffering=1 << 20) as file:
+    with atomic_path(path, make_folder=True) as temporary, temporary.open("wb", buffering=1 << 20) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, pieces in tensors.values():
             for piece in pieces:

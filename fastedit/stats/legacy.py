@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastedit.stats.checkpoint import atomic_path
+from fastedit.atomic_file import atomic_path
 from fastedit.stats.moment import SecondMoment
 from fastedit.stats.provenance import Provenance, dtype_name
 
@@ -134,5 +134,5 @@ def write_npz(path: Path, moment: SecondMoment, sample_size: int | None) -> None
         "sample_size": _NULL if sample_size is None else sample_size,
     }
     # A file object, because numpy appends .npz to the temporary path's name.
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path, make_folder=True) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ def test_writes_the_file_as_the_originals_do(dtype, n_texts, tmp_path):
             assert ours[key].tobytes() == theirs[key].tobytes(), key
         if n_texts is None:
             assert ours["sample_size"].view(np.uint64) == NULL
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_round_trip_with_provenance(tmp_path):
@@ -264,7 +264,7 @@ def test_disk_full_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(OSError, match="No space"):
         store.put(collected(model_called("m")))
-    assert path.read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
+    assert path.read_bytes() == before and not list(tmp_path.rglob("*.part"))
 
 
 def test_cholesky_is_cached_by_content(tmp_path, monkeypatch):
