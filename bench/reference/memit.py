@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from reference.target_vector import Request, captured, padded, target_vector, weight_canonical
+from reference.target_vector import Request, captured, device_of, padded, target_vector, weight_canonical
 from torch import Tensor, nn
 
-__all__ = ["memit"]
+__all__ = ["hidden", "mean_key", "memit", "update"]
 
 
 def memit(
@@ -59,8 +59,7 @@ def memit(
                 K = torch.stack([mean_key(model, edited, request) for request in requests])  # [n, in]
                 H = torch.stack([hidden(model, site.format(last), request) for request in requests])
                 R = (Z - H.double()) / (len(layers) - i)
-                A = lam * C[layer].double() + K.T @ K
-                deltas[layer] = R.T @ torch.linalg.solve(A, K.T).T
+                deltas[layer] = update(C[layer].double().to(K.device), K, R, lam)
                 weight_canonical(edited).add_(deltas[layer].to(edited.weight.dtype))
     finally:
         with torch.no_grad():
@@ -69,9 +68,14 @@ def memit(
     return deltas
 
 
+def update(C: Tensor, K: Tensor, R: Tensor, lam: float) -> Tensor:
+    """R^T K (lam C + K^T K)^-1 as [out, in], for keys K [n, in] and residuals R [n, out]."""
+    return R.T @ torch.linalg.solve(lam * C + K.T @ K, K.T).T
+
+
 def mean_key(model: nn.Module, edited: nn.Module, request: Request) -> Tensor:
     """The key of one edit: the mean over groups of templates of the mean over their texts, float64."""
-    ids, mask = padded(request.rows)
+    ids, mask = padded(request.rows, device_of(model))
     with captured(edited) as seen:
         model(input_ids=ids, attention_mask=mask)
     inputs = seen["in"].view(*ids.shape, -1)  # OPT flattens batch and sequence
@@ -83,5 +87,5 @@ def mean_key(model: nn.Module, edited: nn.Module, request: Request) -> Tensor:
 def hidden(model: nn.Module, site: str, request: Request) -> Tensor:
     """Output of module `site` at the subject's last token of the bare prompt."""
     with captured(model.get_submodule(site)) as seen:
-        model(input_ids=torch.tensor([request.rows[0]]))
+        model(input_ids=torch.tensor([request.rows[0]], device=device_of(model)))
     return seen["out"][0, request.lookup[0]]

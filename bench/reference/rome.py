@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from reference.target_vector import Request, captured, padded, target_vector
+from reference.target_vector import Request, captured, device_of, padded, target_vector
 from torch import Tensor, nn
 
 __all__ = ["rome"]
@@ -30,7 +30,7 @@ def rome(
     Delta = (v* - W k_b) u^T / (k_b . u) with k_b the key of the bare prompt as in the published code, or with
     k_b replaced by k (`mixed_keys=False`) as in the paper. target: v* [out] computed elsewhere, else searched here.
     """
-    ids, mask = padded(request.rows)
+    ids, mask = padded(request.rows, device_of(model))
     rows = range(len(request.rows))
     with torch.no_grad(), captured(model.get_submodule(module)) as seen:
         model(input_ids=ids, attention_mask=mask)
@@ -38,7 +38,7 @@ def rome(
     keys = torch.stack([inputs[i, request.lookup[i]] for i in rows]).double()  # [rows, in]
     outputs = torch.stack([outs[i, request.lookup[i]] for i in rows]).double()  # [rows, out]
     k = keys.mean(0)
-    u = k if C is None else torch.linalg.inv(C.double()) @ k
+    u = k if C is None else torch.linalg.inv(C.double().to(k.device)) @ k
     if target is None:
         h0, delta, _ = target_vector(
             model,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Request", "captured", "padded", "target_vector", "weight_canonical"]
+__all__ = ["Request", "captured", "device_of", "padded", "target_vector", "weight_canonical"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,16 @@ class Request:
     groups: tuple[int, ...] = ()
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's embedding is: the device of its first parameter."""
+    return next(model.parameters()).device
+
+
+def padded(rows: list[list[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """ids and mask [B, S], padded on the right."""
     width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return ids, mask
 
 
@@ -83,9 +88,9 @@ def target_vector(
     """
     target, n = request.target, len(request.rows)
     full = [row + target[:-1] for row in request.rows]
-    ids, mask = padded([*full, request.kl_row])
+    ids, mask = padded([*full, request.kl_row], device_of(model))
     lookup = [*request.lookup, request.kl_lookup]
-    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
+    delta = torch.zeros(model.config.hidden_size, device=ids.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=lr)
     h0: Tensor | None = None
     logp0: Tensor | None = None
