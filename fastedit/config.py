@@ -59,7 +59,8 @@ class LocateConfig(MethodConfig):
         fact_token: token that carries the edit.
         token_rule: its index by offsets, or by the ``rome`` / ``easyedit`` rules.
         retokenize_target: tokenise prompt and target as one text, as the originals do.
-        batch_tokens: tokens optimised together; changes memory and speed, not results.
+        batch_tokens: tokens that run together; ``None`` chooses by device and free memory. Changes memory and speed,
+            not results.
     """
 
     layers: tuple[int, ...]
@@ -73,7 +74,7 @@ class LocateConfig(MethodConfig):
     fact_token: Lookup = "subject_last"
     token_rule: TokenRule = "offsets"
     retokenize_target: bool = False
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         layers = self.layers
@@ -82,9 +83,10 @@ class LocateConfig(MethodConfig):
         )
         check(all(is_integer(i) and i >= 0 for i in layers), "layers", "hold integers >= 0", layers)
         check(len(set(layers)) == len(layers), "layers", "not repeat a layer", layers)
-        for name in ("v_num_grad_steps", "batch_tokens"):
-            value = getattr(self, name)
-            check(is_integer(value) and value >= 1, name, "be an integer >= 1", value)
+        steps, tokens = self.v_num_grad_steps, self.batch_tokens
+        check(is_integer(steps) and steps >= 1, "v_num_grad_steps", "be an integer >= 1", steps)
+        ok = tokens is None or (is_integer(tokens) and tokens >= 1)
+        check(ok, "batch_tokens", "be an integer >= 1, or None", tokens)
         for name in ("v_lr", "clamp_norm_factor"):
             value = getattr(self, name)
             check(is_number(value) and value > 0, name, "be a number > 0", value)

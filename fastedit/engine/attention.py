@@ -107,9 +107,8 @@ def attending(arch: ResolvedArch, attend: Attend) -> Iterator[None]:
         return call
 
     own = [module for module in map(arch.attn, range(arch.depth)) if _own_method(module)]
-    configs = {
-        id(module.config): module.config for module in arch.model.modules() if hasattr(module, "config")
-    }
+    owners: list[Any] = [module for module in arch.model.modules() if hasattr(module, "config")]
+    configs: dict[int, Any] = {id(owner.config): owner.config for owner in owners}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     # A name per context, so that contexts on two models do not meet.
     name = f"fastedit_{id(layers):x}"

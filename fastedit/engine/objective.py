@@ -198,13 +198,22 @@ class TargetObjective:
         """
         leaf = delta.detach().requires_grad_(grad)
         with torch.set_grad_enabled(grad), self._rows.running():
-            nll, kl = self._losses(*self._rows.run(leaf))
-            nll_edit = torch.zeros(len(self.init), dtype=nll.dtype, device=nll.device).index_add(
-                0, self._nll_owner, nll * self._weight
-            )
+            nll, kl, nll_edit = self._evaluate(leaf)
             objective = (nll_edit + self._spec.kl_factor * kl).sum()
             gradient = torch.autograd.grad(objective, leaf)[0] if grad else None
         return self._terms(delta, nll.detach(), nll_edit.detach(), kl.detach()), gradient
+
+    def forward(self, delta: Tensor) -> Tensor:
+        """``nll + kl_factor * kl`` summed over requests, with its graph; for measuring what a backward keeps."""
+        with self._rows.running():
+            _, kl, nll_edit = self._evaluate(delta)
+            return (nll_edit + self._spec.kl_factor * kl).sum()
+
+    def _evaluate(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """NLL per loss row ``[R]``, KL per request ``[E]`` and NLL per request ``[E]``."""
+        nll, kl = self._losses(*self._rows.run(delta))
+        edits = torch.zeros(len(self.init), dtype=nll.dtype, device=nll.device)
+        return nll, kl, edits.index_add(0, self._nll_owner, nll * self._weight)
 
     def _losses(self, nll_rows: Tensor, kl_rows: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of each label row and KL of each request, from hidden rows before the final norm."""

@@ -8,7 +8,8 @@ before it in its own row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,7 +23,23 @@ from fastedit.engine.forest import Branch, Forest
 from fastedit.engine.replay import StopForward
 from fastedit.ops.branch_attention import branch_attention
 
-__all__ = ["Passage", "Plan", "Trunk", "at_tokens", "call_block", "forest_tensors", "pass_through"]
+__all__ = [
+    "BlockRunner",
+    "Call",
+    "Passage",
+    "Plan",
+    "Store",
+    "Trunk",
+    "at_tokens",
+    "forest_tensors",
+    "joined",
+    "pass_through",
+]
+
+Call = tuple[str, dict[str, Any]]  # name of a block's hidden states, and its other arguments
+Store = Callable[
+    [int, Tensor, Tensor], tuple[Tensor, Tensor]
+]  # layer, own k and v -> k and v of earlier tokens
 
 
 @dataclass(frozen=True)
@@ -103,13 +120,13 @@ class Passage:
     """What a packed forward leaves behind.
 
     Attributes:
-        hidden: ``[1, N, d]`` input of block ``start`` (output of the last block if ``start`` is the depth).
+        hidden: ``[1, N, d]`` input of block ``start`` (output of the last block that ran if none starts there).
         calls: per block from ``start`` on, its other arguments for all N tokens, and the name of its hidden states.
-        final: ``[1, kept, d]`` output of the last block at the kept tokens.
+        final: ``[1, kept, d]`` output of the last block that ran, at the kept tokens.
     """
 
     hidden: Tensor
-    calls: list[tuple[str, dict[str, Any]]]
+    calls: list[Call]
     final: Tensor
 
 
@@ -122,6 +139,7 @@ def pass_through(
     start: int,
     narrow: int,
     keep: Tensor,
+    stop: int | None = None,
 ) -> Passage:
     """One forward without gradients over packed tokens: all of them below block ``narrow``, some from it on.
 
@@ -131,11 +149,13 @@ def pass_through(
             ``len(keep)`` tokens from there on.
         start: first block whose input and arguments are kept; at most ``narrow``.
         keep: ``[n]`` tokens that go on from block ``narrow``.
+        stop: one past the last block that runs; ``None``: all.
 
     Raises:
         RuntimeError: a block did not hand its attention over.
     """
-    calls: list[tuple[str, dict[str, Any]]] = []
+    stop = arch.depth if stop is None else stop
+    calls: list[Call] = []
     entered: list[Tensor] = []
     final: list[Tensor] = []
     seen: set[int] = set()
@@ -165,9 +185,9 @@ def pass_through(
         return attend(layer, *args, **options)
 
     handles = [
-        arch.block(i).register_forward_pre_hook(enter(i), with_kwargs=True) for i in range(start, arch.depth)
+        arch.block(i).register_forward_pre_hook(enter(i), with_kwargs=True) for i in range(start, stop)
     ]
-    handles.append(arch.block(arch.depth - 1).register_forward_hook(end))
+    handles.append(arch.block(stop - 1).register_forward_hook(end))
     device = arch.embed.weight.device  # type: ignore[union-attr]
     row, places = ids.to(device)[None], positions.to(device)[None]  # type: ignore[arg-type]
     try:
@@ -178,18 +198,63 @@ def pass_through(
     finally:
         for handle in handles:
             handle.remove()
-    if len(seen) < arch.depth:
-        missing = min(set(range(arch.depth)) - seen)
+    if len(seen) < stop:
+        missing = min(set(range(stop)) - seen)
         raise RuntimeError(
             f"attention of layer {missing} did not go through transformers' attention interface"
         )
     return Passage(entered[0] if entered else final[0], calls, final[0])
 
 
-def call_block(arch: ResolvedArch, layer: int, hidden: Tensor, call: tuple[str, dict[str, Any]]) -> Tensor:
-    """Output ``[1, n, d]`` of one block for ``hidden [1, n, d]``; needs an `attending` context around it."""
-    name, named = call
-    return block_output(arch.block(layer)(**{**named, name: hidden}))
+class BlockRunner:
+    """Runs single blocks on packed tokens. Its `attend` belongs into the `attending` context around the calls."""
+
+    def __init__(self, arch: ResolvedArch) -> None:
+        self._arch = arch
+        self._plan: Plan
+        self._store: Store
+        self._given: list[Tensor] | None = None
+
+    def block(self, layer: int, hidden: Tensor, call: Call, plan: Plan, store: Store) -> Tensor:
+        """Output ``[1, n, d]`` of one block for ``hidden [1, n, d]``.
+
+        Args:
+            call: name of the hidden states, and the other arguments at these tokens.
+            plan: which keys they see.
+            store: what comes before the tokens' own keys and values.
+        """
+        self._plan, self._store, self._given = plan, store, None
+        name, named = call
+        return block_output(self._arch.block(layer)(**{**named, name: hidden}))
+
+    def block_at(
+        self, layer: int, hidden: Tensor, call: Call, plan: Plan, store: Store, wanted: Tensor
+    ) -> Tensor:
+        """Output ``[1, w, d]`` at some tokens; the others give their keys and values only.
+
+        Args:
+            plan: which keys the wanted tokens see.
+            wanted: ``[w]`` tokens, ascending.
+        """
+        self._plan, self._store, self._given = plan, store, []
+        name, named = call
+        block, count = self._arch.block(layer), hidden.shape[1]
+        wanted = wanted.to(hidden.device)
+        try:
+            with suppress(StopForward):
+                block(**{**named, name: hidden})
+            return block_output(block(**{**at_tokens(named, wanted, count), name: hidden[:, wanted]}))
+        finally:
+            self._given = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of the running block."""
+        if self._given is not None:
+            if not self._given:
+                self._given += [k, v]
+                raise StopForward
+            k, v = self._given
+        return self._plan.attend(q, k, v, *self._store(layer, k, v), **options)
 
 
 def named_arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +284,17 @@ def at_tokens(value: Any, tokens: Tensor, count: int) -> Any:
     return value
 
 
+def joined(mine: Any, theirs: Any) -> Any:
+    """Token tables of two captures, one after the other; anything else must be the same and stays."""
+    if isinstance(mine, dict):
+        return {name: joined(value, theirs[name]) for name, value in mine.items()}
+    if isinstance(mine, tuple):
+        return tuple(joined(a, b) for a, b in zip(mine, theirs, strict=True))
+    if isinstance(mine, Tensor):
+        return torch.cat([mine, theirs], dim=1 if mine.ndim >= 2 else 0)
+    return mine
+
+
 def forest_tensors(forest: Forest) -> tuple[Tensor, Tensor]:
     """``(ids, positions)`` of a forest's own tokens, ``[N]`` int64 each."""
     return torch.tensor(forest.ids, dtype=torch.int64), torch.tensor(forest.positions, dtype=torch.int64)
@@ -229,17 +305,19 @@ class Trunk:
 
     Attributes:
         forest: the shared tokens; may be empty.
-        keys, values: per layer ``[len(forest), G, D]``.
+        keys, values: per layer that ran, ``[len(forest), G, D]``.
     """
 
-    def __init__(self, arch: ResolvedArch, forest: Forest) -> None:
+    def __init__(self, arch: ResolvedArch, forest: Forest, *, stop: int | None = None) -> None:
+        """Run ``forest`` up to (not including) block ``stop``; ``None`` runs all."""
         self.forest = forest
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        if len(forest):
-            self._run(arch)
+        stop = arch.depth if stop is None else stop
+        if len(forest) and stop > 0:
+            self._run(arch, stop)
 
-    def _run(self, arch: ResolvedArch) -> None:
+    def _run(self, arch: ResolvedArch, stop: int) -> None:
         ids, positions = forest_tensors(self.forest)
         plan = Plan.of(self.forest.branches, arch.embed.weight.device)  # type: ignore[union-attr,arg-type]
 
@@ -248,7 +326,7 @@ class Trunk:
             return plan.attend(q, k, v, self.keys[layer], self.values[layer], **options)
 
         every = torch.arange(len(ids))
-        pass_through(arch, ids, positions, attend, start=arch.depth, narrow=arch.depth, keep=every)
+        pass_through(arch, ids, positions, attend, start=stop, narrow=stop, keep=every, stop=stop)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The trunk's keys and values of a layer followed by more tokens' ``[n, G, D]``."""

@@ -59,4 +59,4 @@ def wide_residual(arch: ResolvedArch) -> Iterator[None]:
         for norm, forward in zip(norms, before, strict=True):
             vars(norm).pop("forward", None)
             if forward is not None:
-                norm.forward = forward
+                norm.forward = forward  # type: ignore[method-assign]

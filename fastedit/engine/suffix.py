@@ -16,9 +16,8 @@ The same products in another order, so fp32 results agree to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +27,9 @@ from fastedit.arch import ResolvedArch
 from fastedit.engine.attention import attending
 from fastedit.engine.capture import Capture, Injection, Placed, place
 from fastedit.engine.forest import Branch, Forest
-from fastedit.engine.packed import Plan, Trunk, at_tokens, call_block
+from fastedit.engine.packed import BlockRunner, Call, Plan, Trunk, at_tokens, joined
 from fastedit.engine.precision import stream_dtype, wide_residual
 from fastedit.engine.problem import Problem
-from fastedit.engine.replay import StopForward
 
 __all__ = ["PackedSuffix", "trunk_of"]
 
@@ -59,9 +57,9 @@ class PackedSuffix:
         self._start = injection.layer if injection.inside else injection.layer + 1
         self._edits: list[Placed] = []
         self._hidden = torch.empty(0)
-        self._calls: list[tuple[str, dict[str, Any]]] = []
+        self._calls: list[Call] = []
         self._stores: dict[int, tuple[Tensor, Tensor]] = {}
-        self._now: tuple[Plan, list[Tensor] | None]
+        self._runner = BlockRunner(arch)
         self.init = self.kl_clean = torch.empty(0)
         self.checkpointed = False
 
@@ -97,7 +95,7 @@ class PackedSuffix:
         else:
             self._hidden = torch.cat([self._hidden, new.hidden.to(dtype)])
             self._calls = [
-                (name, _joined(mine, theirs))
+                (name, joined(mine, theirs))
                 for (name, mine), (_, theirs) in zip(self._calls, new.calls, strict=True)
             ]
             for layer, (k, v) in self._stores.items():
@@ -195,20 +193,29 @@ class PackedSuffix:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Context for `run` and its backward: attention handed over, residual stream in the stream's dtype."""
-        with attending(self._arch, self.attend), wide_residual(self._arch):
+        with attending(self._arch, self._runner.attend), wide_residual(self._arch):
             yield
 
-    def _block(
-        self, layer: int, hidden: Tensor, calls: list[tuple[str, dict[str, Any]]], plan: Plan
-    ) -> Tensor:
-        def block(hidden: Tensor) -> Tensor:
-            self._now = (plan, None)
-            return call_block(self._arch, layer, hidden, calls[layer - self._start])
+    def _block(self, layer: int, hidden: Tensor, calls: list[Call], plan: Plan) -> Tensor:
+        call = calls[layer - self._start]
+        return self._perhaps_again(lambda h: self._runner.block(layer, h, call, plan, self._store), hidden)
 
+    def _last_block(self, hidden: Tensor) -> Tensor:
+        layer = self._arch.depth - 1
+        call, plan, wanted = self._calls[layer - self._start], self._last, self._wanted
+        return self._perhaps_again(
+            lambda h: self._runner.block_at(layer, h, call, plan, self._store, wanted), hidden
+        )
+
+    def _perhaps_again(self, block: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Run a block, in the backward once more if what it saves for it should not be kept."""
         if self.checkpointed and hidden.requires_grad:
-            kept: Tensor = checkpoint(block, hidden, use_reentrant=False)
-            return kept
+            output: Tensor = checkpoint(block, hidden, use_reentrant=False)
+            return output
         return block(hidden)
+
+    def _store(self, layer: int, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor]:
+        return self._stores[layer]
 
     def _block_with(self, shift: Tensor) -> Tensor:
         """The injected block, with the vectors added to its MLP's last matrix."""
@@ -223,44 +230,3 @@ class PackedSuffix:
             return self._block(self._at.layer, self._hidden[None], self._calls, self._plan)
         finally:
             handle.remove()
-
-    def _last_block(self, hidden: Tensor) -> Tensor:
-        """Output of the last block at the wanted tokens; the others only give their keys and values."""
-        layer, arch = self._arch.depth - 1, self._arch
-        call = self._calls[layer - self._start]
-
-        def block(hidden: Tensor) -> Tensor:
-            given: list[Tensor] = []
-            self._now = (self._last, given)
-            with suppress(StopForward):
-                call_block(arch, layer, hidden, call)
-            tokens = self._wanted
-            narrow = (call[0], at_tokens(call[1], tokens, hidden.shape[1]))
-            return call_block(arch, layer, hidden[:, tokens], narrow)
-
-        if self.checkpointed and hidden.requires_grad:
-            kept: Tensor = checkpoint(block, hidden, use_reentrant=False)
-            return kept
-        return block(hidden)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Attention of a block in `run`; the last block calls twice, first for its keys and values."""
-        plan, given = self._now
-        if given is not None:
-            if not given:
-                given += [k, v]
-                raise StopForward
-            k, v = given
-        k_prefix, v_prefix = self._stores[layer]
-        return plan.attend(q, k, v, k_prefix, v_prefix, **options)
-
-
-def _joined(mine: Any, theirs: Any) -> Any:
-    """Token tables of two captures, one after the other; anything else must be the same and stays."""
-    if isinstance(mine, dict):
-        return {name: _joined(value, theirs[name]) for name, value in mine.items()}
-    if isinstance(mine, tuple):
-        return tuple(_joined(a, b) for a, b in zip(mine, theirs, strict=True))
-    if isinstance(mine, Tensor):
-        return torch.cat([mine, theirs], dim=1 if mine.ndim >= 2 else 0)
-    return mine

@@ -2,12 +2,15 @@
 
 Each request runs Adam on its own vector with its own step count, projects it onto the ball of radius
 ``clamp * ||h0||`` after every step (arXiv:2202.05262 sec. 3.1, arXiv:2210.07229 sec. 4.3) and stops early by its
-own loss, so a batch gives what one-by-one runs give. Finished requests leave the batch when half of it is done.
-The last iteration, which the originals only print, has no backward.
+own loss, so a batch gives what one-by-one runs give. Finished requests leave the batch at once and waiting ones take
+their room. A step costs one host synchronisation: the table of losses. The last iteration, which the originals only
+print, has no backward unless others in the batch need one.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,13 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch
-from fastedit.engine.objective import TargetObjective, TargetSpec
+from fastedit.engine.memory import (
+    MemoryReport,
+    automatic_tokens,
+    out_of_memory,
+    release_memory,
+    suffix_tokens,
+)
+from fastedit.engine.objective import Loss, TargetObjective, TargetSpec, padded_because
+from fastedit.engine.packed import Trunk
 from fastedit.engine.problem import Problem
+from fastedit.engine.suffix import trunk_of
 from fastedit.ops.delta_step import delta_step_
 
 __all__ = ["LossRow", "Targets", "optimise_targets"]
 
 LossRow = tuple[float, float, float, float, float]
+
+# Capturing a newcomer costs about as much as a step of it; joining a few at a time would capture shared beginnings
+# and rearrange the batch more often than it fills it.
+_REFILL = 0.25
 
 
 @dataclass
@@ -32,11 +48,13 @@ class Targets:
         delta: ``[E, d]`` optimised offset.
         init: ``[E, d]`` clean activation of row 0 at its lookup token.
         losses: per request, one ``(total, nll, kl, weight decay, probability)`` per forward pass.
+        memory: the batch that was used, and why.
     """
 
     delta: Tensor
     init: Tensor
     losses: list[list[LossRow]] = field(default_factory=list)
+    memory: MemoryReport = field(default_factory=MemoryReport)
 
     @property
     def value(self) -> Tensor:
@@ -51,107 +69,199 @@ def optimise_targets(
     spec: TargetSpec,
     *,
     pad_id: int = 0,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Targets:
-    """Optimise the targets of all requests together, in batches of at most ``batch_tokens`` tokens.
+    """Optimise the targets of all requests together, at most ``batch_tokens`` suffix tokens at a time.
 
     Args:
+        batch_tokens: tokens from the lookup token on that run together; at least one request always does. ``None``
+            chooses by the device and its free memory. Changes memory and speed, not results beyond rounding.
         on_done: called with the number of requests finished so far.
 
     Raises:
         ValueError: a loss is not finite; the message names the request.
+        torch.OutOfMemoryError, MemoryError, RuntimeError: one request alone does not fit into memory. Before that the
+            batch is halved and blocks are recomputed in the backward, each with a warning.
     """
-    problems = list(problems)
-    targets: Targets | None = None
-    losses: list[list[LossRow]] = [[] for _ in problems]
-    finished = 0
-    for chunk in _chunks(problems, batch_tokens):
-        delta, init = _optimise_chunk(model, arch, problems, chunk, spec, pad_id, losses)
-        if targets is None:
-            targets = Targets(
-                delta.new_zeros(len(problems), delta.shape[1]), init.new_zeros(len(problems), init.shape[1])
-            )
-        targets.delta[chunk] = delta
-        targets.init[chunk] = init
-        finished += len(chunk)
-        if on_done is not None:
-            on_done(finished)
-    if targets is None:
+    if not problems:
         raise ValueError("requests: at least one is needed, got 0")
-    targets.losses = losses
-    return targets
+    run = _Run(model, arch, list(problems), spec, pad_id, batch_tokens)
+    finished = 0
+    while run.unfinished:
+        done = run.step()
+        finished += done
+        if done and on_done is not None:
+            on_done(finished)
+    return Targets(run.delta, run.init, run.losses, run.memory)
 
 
-def _chunks(problems: Sequence[Problem], batch_tokens: int) -> list[list[int]]:
-    """Consecutive requests whose padded rows fit into ``batch_tokens`` (at least one request each)."""
-    chunks: list[list[int]] = []
-    rows = longest = 0
-    for index, problem in enumerate(problems):
-        length = max(longest, *(len(row.ids) for row in problem.rows))
-        if chunks and (rows + len(problem.rows)) * length <= batch_tokens:
-            chunks[-1].append(index)
+class _Run:
+    """Queue, batch and state of one optimisation. State is kept per request, so a request may leave and come back."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arch: ResolvedArch,
+        problems: list[Problem],
+        spec: TargetSpec,
+        pad_id: int,
+        batch_tokens: int | None,
+    ) -> None:
+        self._model, self._arch, self._spec, self._pad_id = model, arch, spec, pad_id
+        self._problems = problems
+        self._sizes = [suffix_tokens(problem) for problem in problems]
+        self._queue = deque(range(len(problems)))
+        self._live: list[int] = []
+        self._objective: TargetObjective | None = None
+        self._checkpointed = False
+        self._trunk: Trunk | None = None
+        if padded_because(arch, problems) is None:
+            self._trunk = trunk_of(arch, problems)
+        self.losses: list[list[LossRow]] = [[] for _ in problems]
+        self.memory = MemoryReport()
+        self._capacity = batch_tokens
+        self.delta = self.init = torch.empty(0)
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._queue or self._live)
+
+    def step(self) -> int:
+        """One iteration of every request in the batch; returns how many finished."""
+        try:
+            self._refill()
+            loss, gradient = self._evaluate()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or not self._can_shrink():
+                raise
+            message = str(error).splitlines()[0]
         else:
-            chunks.append([index])
-            rows, length = 0, max(len(row.ids) for row in problem.rows)
-        rows, longest = rows + len(problem.rows), length
-    return chunks
+            return self._advance(loss, gradient)
+        # Outside the handler: the traceback would keep the tensors that did not fit.
+        self._shrink(message)
+        return 0
 
+    def _refill(self) -> None:
+        if not self._queue:
+            return
+        if self._capacity is None:
+            self._capacity = self._choose()
+        used = sum(self._sizes[i] for i in self._live)
+        room = self._capacity - used
+        if self._live and room < _REFILL * self._capacity:
+            return
+        joining: list[int] = []
+        while self._queue and (self._sizes[self._queue[0]] <= room or not (self._live or joining)):
+            joining.append(self._queue.popleft())
+            room -= self._sizes[joining[-1]]
+        if not joining:
+            return
+        newcomers = [self._problems[i] for i in joining]
+        # They count as live from here on: if they do not fit they go back into the queue with the others.
+        self._live += joining
+        if self._objective is None:
+            self._objective = self._build(newcomers)
+        else:
+            self._objective.extend(newcomers)
+        self._note(joining)
 
-def _optimise_chunk(
-    model: nn.Module,
-    arch: ResolvedArch,
-    problems: Sequence[Problem],
-    chunk: list[int],
-    spec: TargetSpec,
-    pad_id: int,
-    losses: list[list[LossRow]],
-) -> tuple[Tensor, Tensor]:
-    objective = TargetObjective(model, arch, [problems[i] for i in chunk], spec, pad_id=pad_id)
-    init = objective.init
-    result = torch.zeros_like(init)
-    live = list(range(len(chunk)))  # positions in the chunk that the current objective covers
-    state = {name: torch.zeros_like(init) for name in ("delta", "exp_avg", "exp_avg_sq")}
-    step = torch.zeros(len(chunk), dtype=torch.int64, device=init.device)
-    active = torch.ones(len(chunk), dtype=torch.bool, device=init.device)
-    for iteration in range(spec.v_num_grad_steps):
-        last = iteration == spec.v_num_grad_steps - 1
-        loss, gradient = objective(state["delta"], grad=not last)
-        table = torch.stack(
-            [loss.total, loss.nll, loss.kl, loss.weight_decay, loss.probability], dim=1
-        ).tolist()
-        alive = active.tolist()
-        for position, values in enumerate(table):
-            if not alive[position]:
-                continue
-            request = problems[chunk[live[position]]]
+    def _build(self, problems: list[Problem]) -> TargetObjective:
+        objective = TargetObjective(
+            self._model, self._arch, problems, self._spec, pad_id=self._pad_id, trunk=self._trunk
+        )
+        objective.checkpointed = self._checkpointed
+        return objective
+
+    def _choose(self) -> int:
+        """Tokens of a batch, from what one request's step keeps."""
+        first = self._queue[0]
+        probe = self._build([self._problems[first]])
+        tokens, self.memory = automatic_tokens(probe, self._arch)
+        return tokens
+
+    def _note(self, joining: list[int]) -> None:
+        """Make room for state, and record where the newcomers start."""
+        assert self._objective is not None  # noqa: S101 - for the type checker
+        init = self._objective.init
+        if not len(self.init):
+            E, d = len(self._problems), init.shape[1]
+            self.init, self.delta = init.new_zeros(E, d), init.new_zeros(E, d)
+            self._exp_avg, self._exp_avg_sq = init.new_zeros(E, d), init.new_zeros(E, d)
+            self._step = torch.zeros(E, dtype=torch.int64, device=init.device)
+        self.init[self._index(joining)] = init[-len(joining) :]
+        self.memory.batch_tokens = max(self.memory.batch_tokens, self._objective.tokens)
+
+    def _index(self, requests: Sequence[int]) -> Tensor:
+        return torch.tensor(list(requests), device=self.init.device)
+
+    def _is_last(self, request: int) -> bool:
+        return len(self.losses[request]) == self._spec.v_num_grad_steps - 1
+
+    def _evaluate(self) -> tuple[Loss, Tensor | None]:
+        assert self._objective is not None  # noqa: S101 - for the type checker
+        needed = not all(self._is_last(request) for request in self._live)
+        return self._objective(self.delta[self._index(self._live)], grad=needed)
+
+    def _advance(self, loss: Loss, gradient: Tensor | None) -> int:
+        """Record the losses, step those that go on and let the others go."""
+        assert self._objective is not None  # noqa: S101 - for the type checker
+        terms = [loss.total, loss.nll, loss.kl, loss.weight_decay, loss.probability]
+        alive: list[bool] = []
+        for request, values in zip(self._live, torch.stack(terms, dim=1).tolist(), strict=True):
+            iteration, last = len(self.losses[request]), self._is_last(request)
             if not all(value - value == 0 for value in values):
                 raise ValueError(
-                    f"request {request.id!r}: loss is not finite at step {iteration}, the model is unchanged"
+                    f"request {self._problems[request].id!r}: loss is not finite at step {iteration}, "
+                    "the model is unchanged"
                 )
-            losses[chunk[live[position]]].append(tuple(values))
-            alive[position] = values[0] >= spec.stop_loss
-        if gradient is None or not any(alive):
-            break
-        active = torch.tensor(alive, device=init.device)
+            self.losses[request].append(tuple(values))
+            alive.append(values[0] >= self._spec.stop_loss and not last)
+        if gradient is not None and any(alive):
+            self._adam(gradient, alive)
+        going = [position for position, is_alive in enumerate(alive) if is_alive]
+        finished = len(alive) - len(going)
+        if not going:
+            self._live, self._objective = [], None
+        elif finished:
+            self._live = [self._live[position] for position in going]
+            self._objective.keep(going)
+        return finished
+
+    def _adam(self, gradient: Tensor, alive: list[bool]) -> None:
+        at, spec = self._index(self._live), self._spec
+        state = [tensor[at] for tensor in (self.delta, self._exp_avg, self._exp_avg_sq, self._step)]
         delta_step_(
-            state["delta"],
+            state[0],
             gradient,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            step,
-            objective.init.norm(dim=1),
-            active,
+            state[1],
+            state[2],
+            state[3],
+            self.init[at].norm(dim=1),
+            torch.tensor(alive, device=at.device),
             lr=spec.v_lr,
             weight_decay=spec.v_weight_decay,
             clamp=spec.clamp_norm_factor,
         )
-        if sum(alive) * 2 <= len(alive):
-            keep = [i for i, is_alive in enumerate(alive) if is_alive]
-            result[live] = state["delta"]
-            live = [live[i] for i in keep]
-            state = {name: tensor[keep].contiguous() for name, tensor in state.items()}
-            step, active = step[keep].contiguous(), active[keep].contiguous()
-            objective = TargetObjective(model, arch, [problems[chunk[i]] for i in live], spec, pad_id=pad_id)
-    result[live] = state["delta"]
-    return result, init
+        for tensor, new in zip((self.delta, self._exp_avg, self._exp_avg_sq, self._step), state, strict=True):
+            tensor[at] = new
+
+    def _can_shrink(self) -> bool:
+        return len(self._live) > 1 or not self._checkpointed
+
+    def _shrink(self, message: str) -> None:
+        """Half the batch; with one request left, recompute blocks in the backward instead."""
+        tokens = sum(self._sizes[i] for i in self._live)
+        if len(self._live) > 1:
+            self._capacity = max(1, tokens // 2)
+            what = f"going on with {self._capacity}"
+        else:
+            self._checkpointed = True
+            what = "going on with blocks recomputed in the backward"
+        self._queue.extendleft(reversed(self._live))
+        self._live, self._objective = [], None
+        release_memory(self._arch)
+        self.memory.shrunk.append(what)
+        warnings.warn(
+            f"out of memory with {tokens} tokens in a batch of targets ({message}): {what}", stacklevel=2
+        )

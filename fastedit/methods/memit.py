@@ -133,7 +133,8 @@ def memit(
         weights = [1.0 / (len(groups) * len(group)) for group in groups for _ in group]
         if targets is None:
             with trial.timed("targets"):
-                targets, info["losses"] = _targets(session, requests, config, groups)
+                targets, found = _targets(session, requests, config, groups)
+                info.update(found)
         rows = [key_rows(session.tokenizer, request, templates, options) for request in requests]
         with trial.timed("sweep"):
             sweep = LayerSweep(
@@ -144,7 +145,7 @@ def memit(
                 config.layers,
                 z_layer,
                 pad_id=session.pad_id,
-                batch_tokens=2 * config.batch_tokens,
+                batch_tokens=config.batch_tokens,
             )
         distance = []
         for index, layer in enumerate(config.layers):
@@ -170,8 +171,8 @@ def _options(config: MemitConfig) -> TokenOptions:
 
 def _targets(
     session: Session, requests: Sequence[EditRequest], config: MemitConfig, groups: Sequence[Sequence[str]]
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """``[n, d]`` targets, optimised or from the cache, and the loss reports of those optimised."""
+) -> tuple[Tensor, dict[str, Any]]:
+    """``[n, d]`` targets, optimised or from the cache; loss reports and memory of the optimisation."""
     cache: TargetCache | None = None
     known: dict[int, Tensor] = {}
     if config.cache_template is not None:
@@ -185,7 +186,7 @@ def _targets(
         )
         known = cache.load(requests, session.arch.width)
     open_ = [index for index in range(len(requests)) if index not in known]
-    reports: list[dict[str, Any]] = []
+    info: dict[str, Any] = {}
     if open_:
         templates = [template for group in groups for template in group]
         todo = [requests[index] for index in open_]
@@ -197,12 +198,12 @@ def _targets(
             pad_id=session.pad_id,
             batch_tokens=config.batch_tokens,
         )
-        reports = loss_report(found, todo)
+        info = {"losses": loss_report(found, todo), "memory": found.memory.to_dict()}
         for index, value in zip(open_, found.value, strict=True):
             known[index] = value
             if cache is not None:
                 cache.save(requests[index], value)
-    return torch.stack([known[index].to(session.device) for index in range(len(requests))]), reports
+    return torch.stack([known[index].to(session.device) for index in range(len(requests))]), info
 
 
 def _spec(config: MemitConfig) -> TargetSpec:

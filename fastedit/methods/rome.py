@@ -114,6 +114,7 @@ def rome(
         problems = [build_problem(session.tokenizer, request, templates, options) for request in requests]
         factors: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
         losses: list[Any] = []
+        memory: dict[str, Any] = {}
         for index, (request, problem) in enumerate(zip(requests, problems, strict=True)):
             rows = key_rows(session.tokenizer, request, templates, options)
             for layer in sorted(config.layers):
@@ -131,6 +132,7 @@ def rome(
                         )
                     value = found.value[0].double()
                     losses.append(loss_report(found, [request])[0])
+                    memory = found.memory.to_dict()
                 else:
                     value = targets[index].double()
                 with trial.timed("equations"):
@@ -147,9 +149,8 @@ def rome(
         )
         for layer, pairs in factors.items()
     )
-    return trial.edit(
-        "rome", config, requests, deltas, {"losses": losses, "context_templates": list(templates)}
-    )
+    info = {"losses": losses, "context_templates": list(templates), "memory": memory}
+    return trial.edit("rome", config, requests, deltas, info)
 
 
 def _spec(config: RomeConfig, layer: int) -> TargetSpec:

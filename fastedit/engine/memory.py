@@ -1,0 +1,136 @@
+"""How much memory a step of the target optimisation takes, and how many tokens fit.
+
+What a step keeps for its backward is measured, not modelled: the forward of one request runs under autograd's hooks for
+saved tensors, which see every activation that any block keeps. It grows with the number of tokens and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.arch import ResolvedArch
+from fastedit.engine.objective import TargetObjective
+from fastedit.engine.problem import Problem
+
+__all__ = [
+    "MemoryReport",
+    "automatic_tokens",
+    "free_memory",
+    "out_of_memory",
+    "release_memory",
+    "saved_bytes",
+    "suffix_tokens",
+]
+
+# Where matrix products stop getting faster with more rows. More than that only costs memory.
+_ENOUGH_CPU = 512
+_ENOUGH_CUDA = 16384
+_SHARE = 0.6  # of the free memory; the rest is for temporaries, factors and others
+_TEMPORARIES = 1.3  # a backward holds gradients beside the activations that it has not freed yet
+
+
+@dataclass
+class MemoryReport:
+    """The batch of a target optimisation.
+
+    Attributes:
+        batch_tokens: the most tokens that ran together.
+        bytes_per_token: what a step keeps for its backward, per token; 0 where it was not measured.
+        predicted_bytes: peak of a step above the model, for ``limit_tokens`` tokens.
+        limit_tokens: tokens that a batch may have.
+        shrunk: what was done when memory ran out, in order.
+    """
+
+    batch_tokens: int = 0
+    bytes_per_token: int = 0
+    predicted_bytes: int = 0
+    limit_tokens: int = 0
+    shrunk: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able copy."""
+        return asdict(self)
+
+
+def suffix_tokens(problem: Problem) -> int:
+    """Tokens of a request from the lookup token on; of the KL row the lookup token only."""
+    return 1 + sum(len(row.ids) - row.lookup % len(row.ids) for row in problem.rewriting)
+
+
+def saved_bytes(arch: ResolvedArch, forward: Callable[[], object]) -> int:
+    """Bytes that autograd keeps for the backward of ``forward()``, the model's own tensors apart."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in arch.model.parameters()}
+    own |= {tensor.untyped_storage().data_ptr() for tensor in arch.model.buffers()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(kept.values())
+
+
+def automatic_tokens(objective: TargetObjective, arch: ResolvedArch) -> tuple[int, MemoryReport]:
+    """Tokens of a batch: enough for full speed, as few as the free memory asks for.
+
+    Args:
+        objective: that of one request, as a sample.
+    """
+    device = objective.init.device
+    kept = saved_bytes(arch, lambda: objective.forward(torch.zeros_like(objective.init).requires_grad_()))
+    per_token = max(1, kept // objective.tokens)
+    enough = _ENOUGH_CPU if device.type == "cpu" else _ENOUGH_CUDA
+    fits = int(_SHARE * free_memory(device) / (_TEMPORARIES * per_token))
+    limit = max(1, min(enough, fits))
+    report = MemoryReport(
+        bytes_per_token=per_token, limit_tokens=limit, predicted_bytes=int(_TEMPORARIES * per_token * limit)
+    )
+    return limit, report
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What PyTorch's allocator has cached is free to us too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with suppress(OSError, KeyError, ValueError):
+        rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+        free = 1024 * int(rows["MemAvailable"].split()[0])
+        with suppress(OSError, ValueError):
+            # A container's own limit; "max" (no limit) is no number.
+            group = Path("/sys/fs/cgroup")
+            limit = int((group / "memory.max").read_text())
+            free = min(free, limit - int((group / "memory.current").read_text()))
+        return free
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        # The CPU allocator raises a plain RuntimeError.
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def release_memory(arch: ResolvedArch) -> None:
+    """Give cached blocks back before the next attempt."""
+    gc.collect()
+    weight: Tensor = arch.mlp_out(0).weight  # type: ignore[assignment]
+    if weight.device.type == "cuda":
+        torch.cuda.empty_cache()
