@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastedit.application import Application, Touched, add_all, plan
 from fastedit.arch import editable_weight, unwrap
+from fastedit.compose import compose, summed
 from fastedit.delta import KINDS, Delta, Dense, LowRank, Rows, fingerprint
 from fastedit.edit_file import read_file, write_file
 
@@ -31,24 +33,6 @@ _KIND = "fastedit-edit"
 _VERSION = 1
 # The edits applied to a parameter, oldest first, are noted on the parameter itself: tuples (token, method).
 _STACK = "_fastedit_applied"
-
-
-@dataclass(frozen=True, eq=False)
-class _Touched:
-    """One parameter that an edit changed in one model."""
-
-    name: str
-    original: Tensor
-    before: str
-    after: str
-
-
-@dataclass(eq=False)
-class _Application:
-    """An edit in a model: its mark on the parameters, and what was there before."""
-
-    token: object
-    touched: tuple[_Touched, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +57,7 @@ class Edit:
     deltas: tuple[Delta, ...]
     base: dict[str, str]
     info: dict[str, Any] = field(default_factory=dict)
-    _applied: weakref.WeakKeyDictionary[nn.Module, _Application] = field(
+    _applied: weakref.WeakKeyDictionary[nn.Module, Application] = field(
         default_factory=weakref.WeakKeyDictionary, init=False, repr=False
     )
     # Fingerprints right after the last `apply`: what an edit solved on top of this one has as its base.
@@ -120,25 +104,26 @@ class Edit:
         model = unwrap(model)
         if model in self._applied:
             raise ValueError("edit: is already applied to this model; revert it first")
-        groups = self._plan(model, strict=strict)
-        before = [fingerprint(weight) for weight, _, _ in groups]
-        originals = [weight.detach().clone() for weight, _, _ in groups]
+        targets = plan(model, self.deltas, self.base, strict=strict)
+        before = [fingerprint(target.weight) for target in targets]
+        originals = [target.weight.detach().clone() for target in targets]
         try:
             with torch.no_grad():
-                for weight, deltas, _ in groups:
-                    _add_all(weight.detach(), deltas)
+                for target in targets:
+                    add_all(target)
             touched = tuple(
-                _Touched(name, original, old, fingerprint(weight))
-                for (weight, _, name), original, old in zip(groups, originals, before)
+                Touched(target.name, original, old, fingerprint(target.weight))
+                for target, original, old in zip(targets, originals, before)
             )
         except BaseException:
             with torch.no_grad():
-                for (weight, _, _), original in zip(groups, originals):
-                    weight.copy_(original)
+                for target, original in zip(targets, originals):
+                    target.weight.copy_(original)
             raise
-        application = _Application(object(), touched)
-        for weight, _, _ in groups:
-            setattr(weight, _STACK, (*getattr(weight, _STACK, ()), (application.token, self.method)))
+        application = Application(object(), touched)
+        for target in targets:
+            stack = getattr(target.weight, _STACK, ())
+            setattr(target.weight, _STACK, (*stack, (application.token, self.method)))
         self._applied[model] = application
         self._after.update({name: fingerprint(editable_weight(model, name)[0]) for name in self.modules})
         self._model[:] = [weakref.ref(model)]
@@ -212,38 +197,14 @@ class Edit:
             raise ValueError("edit: is not applied to this model")
         return {touched.name: touched.original for touched in application.touched}
 
-    def _plan(
-        self, model: nn.Module, *, strict: bool
-    ) -> list[tuple[nn.Parameter, list[tuple[Delta, bool]], str]]:
-        """Each parameter once, with its deltas and the first module name; everything is checked, nothing changed."""
-        groups: dict[int, tuple[nn.Parameter, list[tuple[Delta, bool]], str]] = {}
-        for delta in self.deltas:
-            weight, transposed = editable_weight(model, delta.name)
-            shape = tuple(reversed(weight.shape)) if transposed else tuple(weight.shape)
-            if shape != delta.shape:
-                raise ValueError(
-                    f"module {delta.name!r}: the delta is for an (out, in) = {delta.shape} weight, "
-                    f"the model's is {shape}"
-                )
-            if strict and (found := fingerprint(weight)) != self.base[delta.name]:
-                raise ValueError(
-                    f"module {delta.name!r}: the edit is for another base model or an edited one, its weight was "
-                    f"{self.base[delta.name]} and is {found}; apply(model, strict=False) edits it nevertheless"
-                )
-            for name in delta.fields:
-                value = getattr(delta, name)
-                if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                    raise ValueError(
-                        f"module {delta.name!r}: {name} of the delta is not finite, the model is unchanged"
-                    )
-            groups.setdefault(id(weight), (weight, [], delta.name))[1].append((delta, transposed))
-        return list(groups.values())
-
     # ---- as data ---------------------------------------------------------------------------------------------
 
     def norms(self) -> dict[str, float]:
         """Frobenius norm of the whole update, by module name."""
-        return {name: _sum(self._of(name)).norm() for name in self.modules}
+        return {
+            name: summed([delta for delta in self.deltas if delta.name == name]).norm()
+            for name in self.modules
+        }
 
     def __add__(self, other: Edit) -> Edit:
         """One Edit with both updates; the low-rank ones of a module are concatenated.
@@ -252,25 +213,7 @@ class Edit:
         """
         if not isinstance(other, Edit):
             return NotImplemented
-        for name in other.base:
-            if name in self.base and other.base[name] not in (self.base[name], self._after.get(name)):
-                raise ValueError(
-                    f"module {name!r}: the edits have different bases, {self.base[name]} and {other.base[name]}"
-                )
-        deltas: list[Delta] = []
-        for name in dict.fromkeys((*self.modules, *other.modules)):
-            deltas.extend(_merge([*self._of(name), *other._of(name)]))
-        return Edit(
-            method=self.method if self.method == other.method else f"{self.method}+{other.method}",
-            config={"parts": [*_parts(self, "config"), *_parts(other, "config")]},
-            requests=(*self.requests, *other.requests),
-            deltas=tuple(deltas),
-            base={**other.base, **self.base},
-            info={"parts": [*_parts(self, "info"), *_parts(other, "info")]},
-        )
-
-    def _of(self, name: str) -> list[Delta]:
-        return [delta for delta in self.deltas if delta.name == name]
+        return Edit(**compose(self, other, self._after))
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with a JSON header; an interrupted save leaves the old file.
@@ -339,58 +282,6 @@ class Edit:
                 "model: is needed to know the edited modules' types; pass the model or its config"
             )
         to_peft(self, model, directory, rank=rank, overwrite=overwrite)
-
-
-def _add_all(weight: Tensor, deltas: list[tuple[Delta, bool]]) -> None:
-    """Add one or several deltas with one rounding; raise if the result is not finite."""
-    if len(deltas) == 1:
-        delta, transposed = deltas[0]
-        delta.add_to(weight, transposed=transposed)
-    else:
-        tensors = [getattr(delta, name) for delta, _ in deltas for name in delta.fields]
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in (weight, *tensors)) else torch.float32
-        total = weight.to(wide, copy=True)
-        for delta, transposed in deltas:
-            delta.add_to(total, transposed=transposed)
-        weight.copy_(total)
-    if not bool(torch.isfinite(weight).all()):
-        dtype = str(weight.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"module {deltas[0][0].name!r}: the edited weight is not finite in {dtype}, the model is unchanged"
-        )
-
-
-def _merge(deltas: list[Delta]) -> list[Delta]:
-    """The low-rank deltas of one module as one, in front; addition commutes."""
-    low = [delta for delta in deltas if isinstance(delta, LowRank)]
-    rest: list[Delta] = [delta for delta in deltas if not isinstance(delta, LowRank)]
-    if len(low) < 2:
-        return [*low, *rest]
-    device = low[0].left.device
-    dtype = (
-        torch.float64 if any(torch.float64 in (d.left.dtype, d.right.dtype) for d in low) else torch.float32
-    )
-    left = torch.cat([delta.left.to(device, dtype) for delta in low], dim=1)
-    right = torch.cat([delta.right.to(device, dtype) for delta in low])
-    return [LowRank(low[0].name, left, right), *rest]
-
-
-def _sum(deltas: list[Delta]) -> Delta:
-    merged = _merge(deltas)
-    if len(merged) == 1:
-        return merged[0]
-    total = merged[0].dense()
-    for delta in merged[1:]:
-        total = total + delta.dense().to(total.device)
-    return Dense(merged[0].name, total)
-
-
-def _parts(edit: Edit, name: str) -> list[Any]:
-    value: dict[str, Any] = getattr(edit, name)
-    if set(value) == {"parts"}:
-        parts: list[Any] = value["parts"]
-        return parts
-    return [{"method": edit.method, **value}]
 
 
 def _json_object(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ LEVELS = {
     "doctor": 2,
     "config": 2,
     "delta": 3,
+    "application": 3,
+    "compose": 3,
     "edit": 3,
     "edit_file": 3,
     "stats": 3,
