@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastedit.arch import ResolvedArch, block_output
 from fastedit.engine.attention import Attend, attending
 from fastedit.engine.forest import Branch, Forest
+from fastedit.engine.fused import fused_activations
 from fastedit.engine.replay import StopForward
 from fastedit.ops.branch_attention import branch_attention
 
@@ -191,7 +192,7 @@ def pass_through(
     device = arch.embed.weight.device  # type: ignore[union-attr]
     row, places = ids.to(device)[None], positions.to(device)[None]  # type: ignore[arg-type]
     try:
-        with torch.no_grad(), attending(arch, counted):  # type: ignore[arg-type]
+        with torch.no_grad(), attending(arch, counted), fused_activations(arch):  # type: ignore[arg-type]
             arch.model(input_ids=row, position_ids=places, use_cache=False)
     except StopForward:
         pass

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch, block_output
 from fastedit.engine.capture import Injection
+from fastedit.engine.fused import fused_activations
 from fastedit.engine.padded import SuffixReplay, whole_rows_because
 from fastedit.engine.precision import stream_dtype, wide_residual
 from fastedit.engine.problem import Problem
@@ -148,5 +149,5 @@ class PaddedRows:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Context for `run` and its backward."""
-        with wide_residual(self._arch):
+        with wide_residual(self._arch), fused_activations(self._arch):
             yield

@@ -27,6 +27,7 @@ from fastedit.arch import ResolvedArch
 from fastedit.engine.attention import attending
 from fastedit.engine.capture import Capture, Injection, Placed, place
 from fastedit.engine.forest import Branch, Forest
+from fastedit.engine.fused import fused_activations
 from fastedit.engine.packed import BlockRunner, Call, Plan, Trunk, at_tokens, joined
 from fastedit.engine.precision import stream_dtype, wide_residual
 from fastedit.engine.problem import Problem
@@ -193,7 +194,11 @@ class PackedSuffix:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Context for `run` and its backward: attention handed over, residual stream in the stream's dtype."""
-        with attending(self._arch, self._runner.attend), wide_residual(self._arch):
+        with (
+            attending(self._arch, self._runner.attend),
+            wide_residual(self._arch),
+            fused_activations(self._arch),
+        ):
             yield
 
     def _block(self, layer: int, hidden: Tensor, calls: list[Call], plan: Plan) -> Tensor:

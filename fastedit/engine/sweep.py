@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastedit.arch import ResolvedArch
 from fastedit.engine.attention import attending, not_handed_over
 from fastedit.engine.forest import Forest
+from fastedit.engine.fused import fused_activations
 from fastedit.engine.packed import (
     BlockRunner,
     Call,
@@ -242,7 +243,7 @@ class _PackedSweep:
         self._means.clear()
         handle = self._arch.mlp_out(layer).register_forward_hook(keep)
         try:
-            with torch.no_grad(), attending(self._arch, runner.attend):
+            with torch.no_grad(), attending(self._arch, runner.attend), fused_activations(self._arch):
                 if self._shared is not None:
                     self._shared.run(runner, layer - self._first, layer, first, seen, self._correct)
                     trunk_keys = seen[0]
@@ -278,7 +279,7 @@ class _PackedSweep:
         if self._at == z_layer:
             return hidden[0, part.ends][part.end_of].double()
         runner = self._runner
-        with torch.no_grad(), attending(self._arch, runner.attend):
+        with torch.no_grad(), attending(self._arch, runner.attend), fused_activations(self._arch):
             for layer in range(self._at + 1, z_layer + 1):
                 call = _call_at(both, layer - self._first, part.bare)
                 if layer < z_layer:
