@@ -6,16 +6,13 @@ turns, repeats within a few per cent. On a GPU the time is that of CUDA events a
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import record
 import torch
 from cases import Case
 
@@ -125,23 +122,8 @@ def _synchronised(call: Callable[..., Any], inputs: tuple[Any, ...], device: tor
 
 
 def _machine(device: str) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     report = fastedit.ops._dispatch.report()
-    return {
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine(),
-        "isa": report["_cpu"].get("isa", "none"),
-        "torch": torch.__version__,
-        "load": os.getloadavg()[0],
-        "commit": commit.stdout.strip() or "none",
-    }
+    return {**record.machine(device), "isa": report["_cpu"].get("isa", "none")}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
