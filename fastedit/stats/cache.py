@@ -18,6 +18,7 @@ from fastedit.stats.checkpoint import read_tensors, write_tensors
 from fastedit.stats.legacy import FileName, file_name, model_folders, read_npz, write_npz
 from fastedit.stats.moment import SecondMoment
 from fastedit.stats.provenance import Provenance, model_fingerprint, tokenizer_fingerprint
+from fastedit.stats.triangle import pack_lower, packed_size, unpack_lower
 
 __all__ = ["StatisticsStore", "StoredFile"]
 
@@ -226,16 +227,16 @@ class StatisticsStore:
         path = (
             self._folder(provenance) / f"{stem}_{key[:16]}{f'_jitter{jitter}' if jitter else ''}.safetensors"
         )
-        f = moment.features
+        size = packed_size(moment.features)
         if path.exists():
             try:
                 tensors, meta = read_tensors(path)
-                if meta.get("key") == key and tensors["packed"].shape == (f * (f + 1) // 2,):
-                    return _unpack(tensors["packed"], f)
+                if meta.get("key") == key and tensors["packed"].shape == (size,):
+                    return unpack_lower(tensors["packed"])
             except (ValueError, KeyError) as error:
                 _log.warning("computing the Cholesky factor again: %s", error)
         lower = moment.cholesky(jitter)
-        packed = {"packed": (torch.float64, (f * (f + 1) // 2,), (lower[i, : i + 1] for i in range(f)))}
+        packed = {"packed": (torch.float64, (size,), pack_lower(lower))}
         try:
             write_tensors(path, packed, key=key, module=moment.module)
             for old in path.parent.glob(f"{stem}_*.safetensors"):
@@ -307,12 +308,3 @@ def _read_beside(path: Path) -> tuple[Provenance | None, str | None]:
         raise ValueError(
             f"{file}: not a readable provenance file ({error}); delete it and {path.name}"
         ) from None
-
-
-def _unpack(packed: Tensor, f: int) -> Tensor:
-    lower = torch.zeros(f, f, dtype=torch.float64)
-    start = 0
-    for i in range(f):
-        lower[i, : i + 1] = packed[start : start + i + 1]
-        start += i + 1
-    return lower

@@ -28,7 +28,7 @@ def write_tensors(
     """Write a safetensors file from pieces.
 
     `safetensors.torch.save_file` first copies every tensor into bytes; matrices that fill most of the memory are
-    written in place here instead, and packed triangles row by row.
+    written in place here instead, and packed triangles a few rows at a time.
 
     Args:
         path: replaced atomically.
