@@ -30,6 +30,7 @@ LEVELS = {
     "arch": 2,
     "arch_table": 2,
     "doctor": 2,
+    "forward": 2,
     "config": 2,
     "delta": 3,
     "application": 3,

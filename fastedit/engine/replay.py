@@ -8,8 +8,6 @@ no second implementation of any architecture, and bit-identical outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch, block_output
+from fastedit.forward import StopForward, evaluating
 
 __all__ = ["BlockCall", "Replay", "StopForward", "evaluating"]
-
-
-class StopForward(Exception):
-    """Ends a forward once everything that is wanted has been seen."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +31,6 @@ class BlockCall:
         if "hidden_states" in self.kwargs:
             return block_output(block(*self.args, **{**self.kwargs, "hidden_states": hidden}))
         return block_output(block(hidden, *self.args, **self.kwargs))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch the model to ``eval()`` without weight gradients, and restore both, module by module.
-
-    Dropout would make targets random, and a weight that requires a gradient makes every product keep its input. The
-    flags are restored one by one because users freeze parts.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 class Replay:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch, find_module, is_transposed
-from fastedit.engine.replay import evaluating
 from fastedit.engine.tap_batch import LabelRows, Places, Reduction, TapBatch
 from fastedit.engine.tap_pass import Pass, encoder_of
+from fastedit.forward import evaluating
 
 __all__ = ["LabelRows", "Tap", "TapBatch", "Tapped", "tap"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch, block_output
-from fastedit.engine.replay import StopForward
 from fastedit.engine.tap_batch import LabelRows, Places, TapBatch
+from fastedit.forward import StopForward
 
 __all__ = ["Pass", "encoder_of"]
 

@@ -8,13 +8,13 @@ and it keeps memory at ``rows x vocab`` where a plain forward would hold ``batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastedit.forward import evaluating
 from fastedit.tokens import Encoded, pad_id, pad_right
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def score_targets(session: Session, items: Sequence[Encoded], *, batch_tokens: i
     # Longest first: the largest batch comes at the start, so running out of memory shows at once, not at the
     # end.
     unique = sorted(set(items), key=lambda item: (-len(item), item.ids, item.target))
-    with _evaluating(session.model):
+    with evaluating(session.model):
         for batch in _batches(unique, batch_tokens, _vocabulary(session.model)):
             found.update(zip(batch, _score_batch(session, batch)))
     return [found[item] for item in items]
@@ -145,15 +145,3 @@ def _rows_of_logits(
     finally:
         handle.remove()
     return logits[0].float()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; the training flag of every submodule is put back."""
-    before = [(module, module.training) for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -24,10 +24,11 @@ import torch
 from torch import nn
 
 from fastedit.arch import ResolvedArch, Site
+from fastedit.forward import evaluating
 from fastedit.stats.accumulate import Accumulator, Place
 from fastedit.stats.batches import Text, Window, read_windows
 from fastedit.stats.cache import StatisticsStore
-from fastedit.stats.forward import Taps, eval_mode
+from fastedit.stats.forward import Taps
 from fastedit.stats.job import Job
 from fastedit.stats.moment import SecondMoment
 from fastedit.stats.progress import CollectProgress, ProgressCallback, reporter
@@ -158,7 +159,7 @@ def _run(
     )
     found = start.corpus == ""  # the window that the checkpoint was made in, if there is one
     clock = _Clock(state, texts, p.token_budget, report, checkpoint_seconds)
-    with eval_mode(job.arch.model), Taps(job) as taps:
+    with evaluating(job.arch.model), Taps(job) as taps:
         try:
             for window in windows:
                 resumed = start.corpus != "" and window.first == start.first

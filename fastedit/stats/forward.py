@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastedit.forward import StopForward
 from fastedit.stats.batches import Batch
 from fastedit.stats.job import Job
 
-__all__ = ["Taps", "eval_mode"]
-
-
-class _StopForward(Exception):
-    """Raised at the deepest key: nothing later in the forward is needed."""
+__all__ = ["Taps"]
 
 
 class Taps:
@@ -48,7 +43,7 @@ class Taps:
             keys = args[0] if args else next(iter(kwargs.values()))
             self.found[name] = keys.reshape(-1, keys.shape[-1])
             if name == self.job.deepest:
-                raise _StopForward
+                raise StopForward
 
         return hook
 
@@ -63,7 +58,7 @@ class Taps:
                     attention_mask=None if mask is None else mask.to(torch.int64),
                     **self.options,
                 )
-        except _StopForward:
+        except StopForward:
             pass
         missing = [name for name in self.job.modules if name not in self.found]
         if missing:
@@ -72,15 +67,3 @@ class Taps:
             )
         found, self.found = self.found, {}
         return found, mask
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside the block, and as it was after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

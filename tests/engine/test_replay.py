@@ -7,7 +7,7 @@ import torch
 from tiny import CAUSAL, DEPTH, tiny_batch, tiny_model
 
 from fastedit.arch import resolve
-from fastedit.engine.replay import Replay, evaluating
+from fastedit.engine.replay import Replay
 
 
 @pytest.mark.parametrize("start", [0, 2, DEPTH - 1])
@@ -37,13 +37,3 @@ def test_capture_ends_at_the_stop_block_and_leaves_no_hook() -> None:
     handle.remove()
     assert not reached
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_evaluating_restores_each_modules_own_mode() -> None:
-    model = tiny_model("gpt2").train()
-    model.transformer.h[1].eval()
-    before = [module.training for module in model.modules()]
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not any(module.training for module in model.modules())
-        raise RuntimeError
-    assert [module.training for module in model.modules()] == before
