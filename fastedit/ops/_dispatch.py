@@ -121,6 +121,13 @@ def define_op(
 
 def _chooser(op: _Op, device: str) -> Callable[..., Any]:
     def choose(*args: Any) -> Any:
+        if torch.is_autocast_enabled(device):
+            # An op states its arithmetic; the caller's autocast would round the products inside it.
+            with torch.autocast(device, enabled=False):
+                return run(*args)
+        return run(*args)
+
+    def run(*args: Any) -> Any:
         forced = _forced()
         if forced is not None:
             return _run_forced(op, device, forced, args)
