@@ -19,9 +19,9 @@ import pytest
 import torch
 from engine_flops import Flops
 from judge import error_of, green, report
-from reference.memit import memit as naive_memit
+from memit_case import MemitCase
 from reference.rome import rome as naive_rome
-from twin_cost import SAMPLED, equation_seconds, key_seconds, time_targets, timed
+from twin_cost import SAMPLED, time_targets, timed
 
 EDITS = int(os.environ.get("FASTEDIT_BENCH_EDITS", "64"))
 STEPS = int(os.environ.get("FASTEDIT_BENCH_STEPS", "20"))
@@ -96,84 +96,37 @@ def test_rome_one_edit(benchmark: Any, ed: Any) -> None:
 
 
 def test_memit(benchmark: Any, ed: Any) -> None:
-    hyper = dict(made.MEMIT)
-    layers, steps, lam = hyper.pop("layers"), min(STEPS, int(hyper.pop("steps"))), float(hyper.pop("lam"))
-    contexts = made.templates(((10, 5),))
-    requests = made.facts(EDITS)
-    twins = [made.twin_request(ed.tokenizer, r, contexts, (1, len(contexts) - 1)) for r in requests]
-    chosen = list(range(0, EDITS, max(1, EDITS // 3)))[:3]
-    few, few_twins = [requests[i] for i in chosen], [twins[i] for i in chosen]
-    C = made.second_moments(ed, layers)
-    arch = ed.session.arch
-    sites = {"module": f"{arch.row.block}.{arch.row.mlp_out}", "site": arch.row.block}
-    module, site = (sites[side].format(layers[-1]) for side in ("module", "site"))
-    options = {
-        "layers": layers,
-        "context_templates": ((contexts[0],), tuple(contexts[1:])),
-        "mom2_update_weight": lam,
-    }
+    case = MemitCase(ed, EDITS, {**made.MEMIT, "steps": min(STEPS, int(made.MEMIT["steps"]))}, sampled=3)
+    targets = case.time_targets()
+    theirs = case.twin_seconds(targets)
+    errors = case.compare(targets)
 
-    targets = time_targets(ed.model, site, few_twins, hyper)
-    search = targets.seconds(twins, steps)
-    keys = key_seconds(ed.model, module, site, few_twins, twins, len(layers))
-    equations = equation_seconds(C[layers[0]], EDITS, arch.width, lam, len(layers))
-    found = naive_memit(ed.model, few_twins, layers=layers, **sites, C=C, lam=lam, targets=targets.values)
-    expected = {arch.name("mlp_out", layer): delta for layer, delta in found.items()}
-
-    error = error_of(ed.solve(few, "memit", options, v_num_grad_steps=SAMPLED), expected)
-    given = error_of(ed.solve(few, "memit", options, targets=targets.values), expected)
-    green(error, given)
-    seconds, edit = benchmark.pedantic(
-        lambda: timed(lambda: ed.solve(requests, "memit", options, v_num_grad_steps=steps)), rounds=1
-    )
-    some = torch.randn(EDITS, arch.width, generator=torch.Generator().manual_seed(0))
-    alone, written = timed(lambda: ed.solve(requests, "memit", options, targets=some))
-    drift = time_targets(ed.model, site, few_twins[:1], hyper).step / targets.step
-    phases, sweep = shared(edit, seconds), shared(written, alone)["sweep"]
-
-    flops, naive = Flops.of(ed.model.config), search + keys + equations
-    ours = {
-        "targets": flops.our_targets(twins, layers[-1], steps),
-        "sweep": flops.our_sweep(twins, layers),
-        "equations": flops.our_equations(EDITS, len(layers)),
-    }
-    theirs = {
-        "targets": flops.twin_targets(twins, layers[-1], steps),
-        "sweep": flops.twin_keys(twins, len(layers)),
-        "equations": flops.twin_equations(EDITS, len(layers)),
-    }
+    seconds, edit = benchmark.pedantic(lambda: timed(case.solve), rounds=1)
+    alone, written = timed(case.solve_given)
+    drift = case.time_targets().step / targets.step
+    ours, sweep = shared(edit, seconds), shared(written, alone)["sweep"]
+    our_flops, twin_flops = case.our_flops(), case.twin_flops()
     figures = {
-        "steps": steps,
         "edits": EDITS,
-        "tokens": made.statistics_of(ed.tokenizer, requests),
+        "steps": case.steps,
+        "tokens": made.statistics_of(ed.tokenizer, case.requests),
         "steps_run": sorted({row["steps"] for row in edit.info["losses"]}),
         "seconds": seconds,
-        "seconds_by_phase": phases,
+        "seconds_by_phase": ours,
         "seconds_sweep_targets_given": sweep,
-        "twin_seconds": naive,
-        "twin_seconds_by_phase": {"targets": search, "sweep": keys, "equations": equations},
-        "twin_scaled_from": f"{len(few)} edits, {SAMPLED} steps, one of {len(layers)} equations",
+        "twin_seconds": sum(theirs.values()),
+        "twin_seconds_by_phase": theirs,
+        "twin_scaled_from": case.twin_scaled_from,
         "twin_step_after_over_before": drift,
-        "ratio": naive / seconds,
-        "ratio_keys": keys / sweep,
-        "ratio_by_phase": {
-            "targets": search / phases["targets"],
-            "sweep": keys / phases["sweep"],
-            "equations": equations / phases["equations"],
-        },
-        "ratio_of_flops": sum(theirs.values()) / sum(ours.values()),
-        "ratio_of_flops_by_phase": {phase: theirs[phase] / ours[phase] for phase in ours},
-        "gflops": sum(ours.values()) / seconds / 1e9,
-        "gflops_by_phase": {phase: ours[phase] / phases[phase] / 1e9 for phase in ours},
-        "twin_gflops": sum(theirs.values()) / naive / 1e9,
-        "error": error,
-        "error_targets_given": given,
+        "ratio": sum(theirs.values()) / seconds,
+        "ratio_keys": theirs["sweep"] / sweep,
+        "ratio_by_phase": {phase: theirs[phase] / ours[phase] for phase in theirs},
+        "ratio_of_flops": sum(twin_flops.values()) / sum(our_flops.values()),
+        "ratio_of_flops_by_phase": {phase: twin_flops[phase] / our_flops[phase] for phase in theirs},
+        "gflops": sum(our_flops.values()) / seconds / 1e9,
+        "gflops_by_phase": {phase: our_flops[phase] / ours[phase] / 1e9 for phase in theirs},
+        "twin_gflops": sum(twin_flops.values()) / sum(theirs.values()) / 1e9,
+        "twin_gflops_by_phase": {phase: twin_flops[phase] / theirs[phase] / 1e9 for phase in theirs},
+        **errors,
     }
-    report(
-        "cpu-engines",
-        "memit",
-        benchmark,
-        figures,
-        {"ratio": 6.0, "ratio_keys": 30.0},
-        judged=EDITS >= 64 and STEPS >= 20,
-    )
+    report("cpu-engines", "memit", benchmark, figures, {"ratio": 6.0, "ratio_keys": 30.0}, judged=FULL)

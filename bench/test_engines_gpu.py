@@ -16,11 +16,9 @@ import engine_model as made
 import pytest
 import record
 import torch
-from engine_flops import Flops
-from judge import error_of, green, report
-from reference.memit import memit as naive_memit
-from torch import Tensor
-from twin_cost import SAMPLED, equation_seconds, key_seconds, time_targets, timed
+from judge import report
+from memit_case import MemitCase
+from twin_cost import SAMPLED, timed
 
 EDITS = 100
 CONTEXTS = made.templates(((10, 5),), made.GPTJ_6B["vocab_size"])
@@ -60,64 +58,41 @@ def gemm_seconds(call: Any, dtype_marks: str = r"gemm|cutlass|xmma") -> float:
 
 
 def memit_against_twin(shape: dict[str, int], edits: int, device: str) -> dict[str, Any]:
-    ed = made.editor(shape, device=device)
-    arch, hyper = ed.session.arch, dict(made.MEMIT_GPTJ)
-    layers, steps, lam = hyper.pop("layers"), int(hyper.pop("steps")), float(hyper.pop("lam"))
-    requests = made.facts(edits, shape["vocab_size"])
-    twins = [made.twin_request(ed.tokenizer, r, CONTEXTS, (1, len(CONTEXTS) - 1)) for r in requests]
-    few, few_twins = requests[:2], twins[:2]
-    C = made.second_moments(ed, layers)
-    sites = {"module": f"{arch.row.block}.{arch.row.mlp_out}", "site": arch.row.block}
-    module, site = (sites[side].format(layers[-1]) for side in ("module", "site"))
-    options = {
-        "layers": layers,
-        "context_templates": ((CONTEXTS[0],), tuple(CONTEXTS[1:])),
-        "mom2_update_weight": lam,
-    }
+    case = MemitCase(made.editor(shape, device=device), edits, made.MEMIT_GPTJ, sampled=2)
+    case.time_targets()  # loads the libraries
+    targets = case.time_targets()
+    theirs = case.twin_seconds(targets)
+    errors = case.compare(targets)
+    case.C.clear()
 
-    time_targets(ed.model, site, few_twins[:1], hyper)  # loads the libraries
-    targets = time_targets(ed.model, site, few_twins, hyper)
-    search = targets.seconds(twins, steps)
-    keys = key_seconds(ed.model, module, site, few_twins, twins, len(layers))
-    equations = equation_seconds(C[layers[0]], edits, arch.width, lam, len(layers))
-    found = naive_memit(ed.model, few_twins, layers=layers, **sites, C=C, lam=lam, targets=targets.values)
-    expected: dict[str, Tensor] = {arch.name("mlp_out", layer): delta for layer, delta in found.items()}
-    error = error_of(ed.solve(few, "memit", options, v_num_grad_steps=SAMPLED), expected)
-    given = error_of(ed.solve(few, "memit", options, targets=targets.values), expected)
-    del found, expected, C
-    green(error, given)
-
-    def solve(steps: int) -> Any:
-        return ed.solve(requests, "memit", options, v_num_grad_steps=steps)
-
-    solve(2)  # compiles, captures, sizes the batches
-    seconds, edit = timed(lambda: solve(steps), device)
-    flops, naive, wall = Flops.of(ed.model.config), search + keys + equations, edit.info["seconds"]
+    case.solve(v_num_grad_steps=2)  # compiles, captures, sizes the batches
+    seconds, edit = timed(case.solve, device)
+    wall, our_flops, twin_flops = edit.info["seconds"], case.our_flops(), case.twin_flops()
     figures = {
         "edits": edits,
-        "steps": steps,
+        "steps": case.steps,
         "seconds": seconds,
         "seconds_by_phase": wall,
-        "twin_seconds": naive,
-        "twin_seconds_by_phase": {"targets": search, "sweep": keys, "equations": equations},
-        "twin_scaled_from": f"{len(few)} edits, {SAMPLED} steps, one of {len(layers)} equations",
-        "ratio": naive / seconds,
-        "ratio_keys": keys / wall["sweep"],
-        "ratio_of_target_flops": flops.twin_targets(twins, layers[-1], steps)
-        / flops.our_targets(twins, layers[-1], steps),
-        "tflops_targets": flops.our_targets(twins, layers[-1], steps) / wall["targets"] / 1e12,
-        "tflops_twin_targets": flops.twin_targets(twins, layers[-1], steps) / search / 1e12,
-        "error": error,
-        "error_targets_given": given,
+        "twin_seconds": sum(theirs.values()),
+        "twin_seconds_by_phase": theirs,
+        "twin_scaled_from": case.twin_scaled_from,
+        "ratio": sum(theirs.values()) / seconds,
+        "ratio_by_phase": {phase: theirs[phase] / wall[phase] for phase in theirs},
+        "ratio_of_flops_by_phase": {phase: twin_flops[phase] / our_flops[phase] for phase in theirs},
+        "tflops_targets": our_flops["targets"] / wall["targets"] / 1e12,
+        "twin_tflops_targets": twin_flops["targets"] / theirs["targets"] / 1e12,
+        **errors,
     }
     if device == "cuda":
         ceiling = gemm_ceiling(torch.float32, device)
-        due = flops.our_targets(twins, layers[-1], SAMPLED) + flops.our_sweep(twins, layers)
-        products = gemm_seconds(lambda: solve(SAMPLED))
+        short = case.our_flops(SAMPLED)
+        products = gemm_seconds(lambda: case.solve(v_num_grad_steps=SAMPLED))
         figures |= {
             "tflops_gemm_ceiling": ceiling / 1e12,
             "fraction_of_ceiling_targets": figures["tflops_targets"] * 1e12 / ceiling,
-            "fraction_of_ceiling_gemm_kernels": due / products / ceiling if products else None,
+            "fraction_of_ceiling_gemm_kernels": (short["targets"] + short["sweep"]) / products / ceiling
+            if products
+            else None,
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
     return figures
