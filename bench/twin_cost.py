@@ -46,6 +46,10 @@ class TwinTargets:
     def seconds(self, requests: Sequence[Request], steps: int) -> float:
         return sum(map(padded_tokens, requests)) * (self.first + (steps - 1) * self.step)
 
+    def mean(self, later: TwinTargets) -> TwinTargets:
+        """Of a measurement before ours and one after, so that a change of load falls on both sides."""
+        return TwinTargets((self.first + later.first) / 2, (self.step + later.step) / 2, self.values)
+
 
 def time_targets(
     model: nn.Module, site: str, requests: Sequence[Request], hyper: dict[str, float]
