@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,16 +169,16 @@ class Editor:
 
     def apply(self, edit: Edit) -> None:
         """Write an Edit into the model."""
-        edit.apply(self.model)
+        _checked(edit).apply(self.model)
 
     def revert(self, edit: Edit) -> None:
         """Take an Edit out again, bit for bit."""
-        edit.revert(self.model)
+        _checked(edit).revert(self.model)
 
     @contextmanager
     def applied(self, edit: Edit) -> Iterator[None]:
         """The Edit is in the model inside the block and out of it afterwards."""
-        with edit.applied(self.model):
+        with _checked(edit).applied(self.model):
             yield
 
     def evaluate(self, requests: Requests, **options: Any) -> Evaluation:
@@ -208,3 +209,9 @@ class Editor:
         from fastedit.export.hf import export_model
 
         export_model(self.model, self.tokenizer, directory)
+
+
+def _checked(edit: Edit) -> Edit:
+    if not isinstance(edit, Edit):
+        raise ValueError(f"edit must be an Edit, as `solve` and `Edit.load` return, got {reprlib.repr(edit)}")
+    return edit

@@ -127,7 +127,7 @@ class Session:
         """Second moment of the input of ``module``.
 
         Raises:
-            ValueError: none was collected; the message says how to.
+            ValueError: none was collected; the message says how to. The directory does not exist.
         """
         if module not in self._moments:
             found = (
@@ -136,6 +136,11 @@ class Session:
                 else self._store.get(module, arch=self.arch, tokenizer=self.tokenizer)
             )
             if found is None:
+                if self._store is not None and not self._store.directory.exists():
+                    raise ValueError(
+                        f"statistics: directory {str(self._store.directory)!r} does not exist, wanted for the second "
+                        f"moment of {module!r}"
+                    )
                 where = "" if self._store is None else f" in {str(self._store.directory)!r}"
                 raise ValueError(
                     f"statistics: no second moment of {module!r}{where}; collect it with Editor.collect_statistics or "

@@ -61,11 +61,15 @@ class Job:
         dataset: str | None,
     ) -> Job:
         """Check the arguments of `collect_statistics`, whose docstring describes them."""
+        if not isinstance(layers, Iterable):
+            raise ValueError(f"layers must be a sequence of layer numbers, got {layers!r}")
         layers = list(layers)
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"layers must be distinct and not empty, got {layers!r}")
         if isinstance(texts, str):
             raise ValueError("texts must be a sequence of texts, got one string")
+        if not isinstance(texts, Iterable) and not hasattr(texts, "__getitem__"):
+            raise ValueError(f"texts must be a sequence of texts, got {texts!r}")
         if dtype not in (torch.float64, torch.float32):
             raise ValueError(f"dtype must be torch.float64 or torch.float32, got {dtype}")
         for name, value in (

@@ -246,6 +246,8 @@ def test_bar_goes_to_stderr_and_silence_is_the_default(capsys):
         ({"layers": [9]}, "layer: must be an integer from 0 to 3, got 9"),
         ({"layers": []}, "layers must be distinct and not empty"),
         ({"layers": [1, 1]}, "layers must be distinct"),
+        ({"layers": 1}, "layers must be a sequence of layer numbers, got 1"),
+        ({"layers": None}, "layers must be a sequence of layer numbers, got None"),
         ({"max_length": 0}, "max_length must be an integer >= 1, got 0"),
         ({"max_length": 4000}, "max_length must be <= 128"),
         ({"token_budget": -5}, "token_budget must be an integer >= 1, got -5"),
@@ -267,6 +269,7 @@ def test_wrong_arguments_are_named(options, message):
         ([], "texts must hold at least one token"),
         (["", ""], "texts must hold at least one token"),
         ("one string", "must be a sequence of texts"),
+        (None, "texts must be a sequence of texts, got None"),
         (["fine", 3.5], r"texts\[1\]: must be a string or a list of token ids, got 3.5"),
     ],
 )
