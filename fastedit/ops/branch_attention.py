@@ -9,13 +9,14 @@ backward computes the probabilities again from the log-sum-exp: nothing is kept 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import define_op
+from fastedit.ops._dispatch import Impl, _forced, backend, define_op
 
 __all__ = ["branch_attention"]
 
@@ -383,10 +384,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *inputs[:9])
     ctx.numbers = inputs[9:]
+    ctx.forced = _forced()
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Any, ...]:
-    gradients = _backward_op(grad, *ctx.saved_tensors, *ctx.numbers)
+    # On a GPU autograd calls this from a thread of its own, where a backend forced around the forward is unknown.
+    with nullcontext() if ctx.forced is None else backend(ctx.forced):
+        gradients = _backward_op(grad, *ctx.saved_tensors, *ctx.numbers)
     return (*gradients, *(None for _ in range(11)))
 
 
@@ -401,14 +405,35 @@ def _bind(
     q_offsets: Tensor,
     k_starts: Tensor,
     *,
-    max_q: int,
-    max_k: int,
-    scale: float,
+    max_q: int = 0,
+    max_k: int = 0,
+    scale: float = 1.0,
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[object, ...]:
+    """For `explain`: no choice depends on the numbers, so it may be asked without them."""
     tensors = q, k, v, k_prefix, v_prefix, columns, q_starts, q_offsets, k_starts
     return (*tensors, max_q, max_k, scale, softcap or 0.0, window or 0)
+
+
+_KERNELS = "fastedit.kernels.branch_attention"
+# kernels/branch_attention.py: CONFIGS
+_WIDEST = 256
+_WIDEST_FLOAT = 128
+
+
+def _refuse(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, *_: Any) -> str | None:
+    dtypes = [tensor.dtype for tensor in (q, k, v, k_prefix, v_prefix)]
+    if torch.float64 in dtypes:
+        return "the kernels compute in float32, and some input is float64"
+    widest = _WIDEST_FLOAT if torch.float32 in dtypes else _WIDEST
+    if q.shape[2] > widest:
+        return f"heads of these dtypes fit in registers up to a width of {widest}, got {q.shape[2]}"
+    return None
+
+
+def _refuse_backward(grad: Tensor, lse: Tensor, *rest: Any) -> str | None:
+    return _refuse(*rest)
 
 
 _ARGUMENTS = (
@@ -421,6 +446,7 @@ _backward_op = define_op(
     f"(Tensor grad, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     _eager_backward,
+    [Impl("triton", "cuda", f"{_KERNELS}:branch_attention_backward", _refuse_backward)],
 )
 
 _op = define_op(
@@ -428,6 +454,7 @@ _op = define_op(
     f"({_ARGUMENTS}) -> (Tensor, Tensor)",
     _fake,
     _eager,
+    [Impl("triton", "cuda", f"{_KERNELS}:branch_attention", _refuse)],
     autograd=(_backward, _setup),
     bind=_bind,
 )
