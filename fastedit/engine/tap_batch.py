@@ -65,7 +65,7 @@ class TapBatch:
     def with_decoder(self, arch: ResolvedArch) -> TapBatch:
         """The same batch with the decoder's inputs and mask filled in; itself where there is no decoder."""
         config: Any = arch.model.config
-        if not config.is_encoder_decoder:
+        if not getattr(config, "is_encoder_decoder", False):
             return self
         labels, ids, mask = self.labels, self.decoder_ids, self.decoder_mask
         if mask is None:

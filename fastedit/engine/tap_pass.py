@@ -18,7 +18,8 @@ __all__ = ["Pass", "encoder_of"]
 def encoder_of(arch: ResolvedArch) -> nn.Module | None:
     """The encoder of an encoder-decoder model, else None."""
     model: Any = arch.model
-    encoder: nn.Module | None = model.get_encoder() if model.config.is_encoder_decoder else None
+    decoder = getattr(model.config, "is_encoder_decoder", False)
+    encoder: nn.Module | None = model.get_encoder() if decoder else None
     return encoder
 
 
