@@ -129,8 +129,9 @@ def tap(
         raise ValueError(f"dtype: must be a floating point type or None, got {dtype}")
     if not loss_scale > 0:
         raise ValueError(f"loss_scale: must be > 0, got {loss_scale}")
-    if weights is not None and weights.shape != (batch.requests,):
-        raise ValueError(f"weights: must have shape [{batch.requests}], got {list(weights.shape)}")
+    if weights is not None and not (isinstance(weights, Tensor) and weights.shape == (batch.requests,)):
+        got = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights: must be a tensor of shape [{batch.requests}], got {got}")
     batch = batch.with_decoder(arch)
     run = Pass(arch, batch, _chosen(batch, tokens), dtype, loss_scale)
     with evaluating(arch.model), torch.inference_mode(False), torch.enable_grad():
