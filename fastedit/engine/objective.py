@@ -154,6 +154,8 @@ class TargetObjective:
                 _, rows = self._rows.run(torch.zeros_like(self.init))
                 rows = rows[first:]
             rows = self._arch.head_input(rows).to(self.init.dtype)
+        # Outside of the blocks' context, which would round the products to the weights' type.
+        with torch.no_grad():
             weight: Tensor = self._arch.head.weight  # type: ignore[assignment]
             # In pieces: a half-precision head is never copied whole to single precision.
             logits = torch.cat([rows @ part.to(rows.dtype).T for part in weight.split(8192)], dim=1)
