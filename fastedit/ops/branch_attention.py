@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -154,20 +154,32 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Some branches, padded to [b, max_q] queries and [b, C + max_k] keys, and what sees what."""
+class _Branches:
+    """Branches padded to [B, max_q] queries and [B, C + max_k] keys, and what sees what.
 
-    queries: Tensor  # [b, max_q] rows of q
-    keys: Tensor  # [b, max_k] rows of k and v
-    prefix: Tensor  # [b, C] rows of the store
-    real_queries: Tensor  # [b, max_q], False at padding
-    real_keys: Tensor  # [b, max_k]
-    empty: Tensor  # [b], no prefix
-    idle: Tensor  # [b], no queries
-    hidden: Tensor  # [b, max_q, C + max_k], keys that a query does not see
+    Padding repeats rows of the same branch where it has any, so that no branch reads what another one made.
+    """
+
+    queries: Tensor  # [B, max_q] rows of q
+    keys: Tensor  # [B, max_k] rows of k and v
+    prefix: Tensor  # [B, C] rows of the store
+    real_queries: Tensor  # [B, max_q], False at padding
+    real_keys: Tensor  # [B, max_k]
+    empty: Tensor  # [B], no prefix
+    idle: Tensor  # [B], no queries
+    mask: Tensor  # [B, max_q, C + max_k], -inf for keys that a query does not see and for padded queries, else 0
+
+    def chunks(self, row_elements: int) -> Iterator[_Branches]:
+        """The same in parts that gather about _CHUNK_ELEMENTS each; row_elements: of one token."""
+        most = max(self.queries.shape[1], self.keys.shape[1], self.prefix.shape[1])
+        elements = _CHUNK_ELEMENTS * (1 if self.queries.device.type == "cpu" else 128)
+        step = max(1, elements // (most * row_elements))
+        for first in range(0, len(self.empty), step):
+            part = slice(first, first + step)
+            yield _Branches(**{field.name: getattr(self, field.name)[part] for field in fields(self)})
 
 
-def _chunks(
+def _padded(
     columns: Tensor,
     q_starts: Tensor,
     q_offsets: Tensor,
@@ -176,53 +188,53 @@ def _chunks(
     max_k: int,
     window: int,
     own_tokens: int,
-    row_elements: int,
-) -> Iterator[_Chunk]:
-    """Padding repeats rows of the same branch where it has any, so that no branch reads what another one made."""
-    B, C = columns.shape
-    slots_q, slots_k, places = (torch.arange(n, device=columns.device) for n in (max_q, max_k, C))
-    elements = _CHUNK_ELEMENTS * (1 if columns.device.type == "cpu" else 128)
-    step = max(1, elements // (max(C, max_q, max_k) * row_elements))
-    for first in range(0, B, step):
-        part = slice(first, first + step)
-        begin_q, count_q = q_starts[:-1][part, None], q_starts.diff()[part, None]
-        begin_k, count_k = k_starts[:-1][part, None], k_starts.diff()[part, None]
-        queries = begin_q + torch.minimum(slots_q, (count_q - 1).clamp(min=0))
-        queries = queries.clamp(max=q_offsets.shape[0] - 1)
-        keys = begin_k + torch.minimum(slots_k, (count_k - 1).clamp(min=0))
-        prefix = columns[part]
-        length = (prefix >= 0).sum(1, keepdim=True)
-        offsets = q_offsets[queries][:, :, None]
-        unseen = (places >= length)[:, None].expand(-1, max_q, -1)
-        later = slots_k > offsets
-        if window:
-            unseen = unseen | (length[:, :, None] + offsets - places >= window)
-            later = later | (offsets - slots_k >= window)
-        yield _Chunk(
-            queries=queries,
-            keys=keys.clamp(max=own_tokens - 1),
-            prefix=torch.where(prefix >= 0, prefix, prefix[:, :1].clamp(min=0)),
-            real_queries=slots_q < count_q,
-            real_keys=slots_k < count_k,
-            empty=length[:, 0] == 0,
-            idle=count_q[:, 0] == 0,
-            hidden=torch.cat([unseen, later], dim=2),
-        )
+    dtype: torch.dtype,
+) -> _Branches:
+    slots_q, slots_k, places = (
+        torch.arange(n, device=columns.device) for n in (max_q, max_k, columns.shape[1])
+    )
+    count_q, count_k = q_starts.diff()[:, None], k_starts.diff()[:, None]
+    queries = q_starts[:-1, None] + torch.minimum(slots_q, (count_q - 1).clamp(min=0))
+    queries = queries.clamp(max=q_offsets.shape[0] - 1)
+    keys = k_starts[:-1, None] + torch.minimum(slots_k, (count_k - 1).clamp(min=0))
+    length = (columns >= 0).sum(1, keepdim=True)
+    offsets = q_offsets[queries][:, :, None]
+    unseen = (places >= length)[:, None].expand(-1, max_q, -1)
+    later = slots_k > offsets
+    if window:
+        unseen = unseen | (length[:, :, None] + offsets - places >= window)
+        later = later | (offsets - slots_k >= window)
+    real_queries = slots_q < count_q
+    hidden = torch.cat([unseen, later], dim=2) | ~real_queries[:, :, None]
+    return _Branches(
+        queries=queries,
+        keys=keys.clamp(max=own_tokens - 1),
+        prefix=torch.where(columns >= 0, columns, columns[:, :1].clamp(min=0)),
+        real_queries=real_queries,
+        real_keys=slots_k < count_k,
+        empty=length[:, 0] == 0,
+        idle=count_q[:, 0] == 0,
+        mask=torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf),
+    )
 
 
 class _Products:
-    """Scores and probabilities of one chunk, [b * G, H / G * max_q, C + max_k] with the prefix first."""
+    """Masked scores and products of one chunk, [b * G, H / G * max_q, C + max_k] with the prefix first."""
 
     def __init__(
-        self, chunk: _Chunk, q: _Rows, k: _Rows, k_prefix: _Rows, scale: float, softcap: float, heads: int
+        self, chunk: _Branches, q: _Rows, k: _Rows, k_prefix: _Rows, scale: float, softcap: float, heads: int
     ) -> None:
-        self.chunk, self.scale, self.softcap, self.heads = chunk, scale, softcap, heads
+        self.heads = heads
         self.q = _blank(q.gather(chunk.queries), chunk.idle)
-        self.k_prefix, self.k = _prefix(k_prefix, chunk), k.gather(chunk.keys)
-        self.C = self.k_prefix.shape[1]
+        self.k_prefix, self.k = _blank(k_prefix.gather(chunk.prefix), chunk.empty), k.gather(chunk.keys)
+        self.C = chunk.prefix.shape[1]
         self.scores = self.with_keys(self.q, self.k_prefix, self.k).mul_(scale)
+        self.slope = None  # of the cap
         if softcap:
-            self.scores.div_(softcap).tanh_().mul_(softcap)
+            self.scores.div_(softcap).tanh_()
+            self.slope = self.scores.square().neg_().add_(1.0)
+            self.scores.mul_(softcap)
+        self.by_head(self.scores, len(chunk.empty)).add_(chunk.mask[:, None])
 
     def with_keys(self, left: Tensor, prefix: Tensor, own: Tensor) -> Tensor:
         """left [n, rows, D] times the transposed prefix and own tiles."""
@@ -235,16 +247,9 @@ class _Products:
         found = torch.bmm(weights[:, :, self.C :], own)
         return found.baddbmm_(weights[:, :, : self.C], prefix) if self.C else found
 
-    def by_head(self, tile: Tensor) -> Tensor:
+    def by_head(self, tile: Tensor, branches: int) -> Tensor:
         """[b * G, H / G * rows, n] -> [b, H, rows, n], a view."""
-        return tile.view(self.chunk.queries.shape[0], self.heads, -1, tile.shape[2])
-
-    def hide(self, tile: Tensor, hidden: Tensor, value: float) -> None:
-        self.by_head(tile).masked_fill_(hidden[:, None], value)
-
-
-def _prefix(store: _Rows, chunk: _Chunk) -> Tensor:
-    return _blank(store.gather(chunk.prefix), chunk.empty)
+        return tile.view(branches, self.heads, -1, tile.shape[2])
 
 
 def _blank(tile: Tensor, branches: Tensor) -> Tensor:
@@ -255,9 +260,22 @@ def _blank(tile: Tensor, branches: Tensor) -> Tensor:
     return tiles.masked_fill_(branches[:, None], 0.0).view(tile.shape)
 
 
-def _scatter(packed: Tensor, rows: Tensor, real: Tensor, tile: Tensor) -> None:
-    """tile [b, heads, slots, ...] to packed [tokens + 1, heads, ...], padding to the last row."""
-    packed[torch.where(real, rows, packed.shape[0] - 1)] = tile.transpose(1, 2).to(packed.dtype)
+def _unpad(packed: Tensor, rows: Tensor, real: Tensor, tile: Tensor) -> None:
+    """tile [b, heads, slots, n] to packed [tokens + 1, heads, n], whose last row takes the padding."""
+    if tile.device.type != "cpu":  # how many are real is not known without waiting for the device
+        packed[torch.where(real, rows, packed.shape[0] - 1)] = tile.transpose(1, 2).to(packed.dtype)
+        return
+    _, heads, slots, n = tile.shape
+    branch, slot = real.nonzero().unbind(1)
+    if len(branch) == 0:
+        return
+    first = int(rows[branch[0], slot[0]])
+    where = (branch[:, None] * heads + torch.arange(heads)) * slots + slot[:, None]
+    flat, part = tile.reshape(-1, n), packed[first : first + len(branch)].view(-1, n)
+    if part.dtype == flat.dtype:
+        torch.index_select(flat, 0, where.view(-1), out=part)
+    else:
+        part.copy_(flat.index_select(0, where.view(-1)))
 
 
 def _arithmetic(q: Tensor) -> torch.dtype:
@@ -283,20 +301,23 @@ def _eager(
     """The result [R, H, D] and the log-sum-exp of the scores [R, H]."""
     R, H, D = q.shape
     dtype = _arithmetic(q)
-    out, lse = q.new_empty(R + 1, H, D), q.new_empty(R + 1, H, dtype=dtype)
+    out, lse = q.new_empty(R + 1, H, D), q.new_empty(R + 1, H, 1, dtype=dtype)
+    if R == 0:
+        return out[:R], lse[:R, :, 0]
     q_rows, k_rows, v_rows, *store = (_Rows(x, k.shape[1], dtype) for x in (q, k, v, k_prefix, v_prefix))
-    sizes = max_q, max_k, window, k.shape[0], H * D
-    for chunk in _chunks(columns, q_starts, q_offsets, k_starts, *sizes) if R else ():
+    branches = _padded(columns, q_starts, q_offsets, k_starts, max_q, max_k, window, k.shape[0], dtype)
+    for chunk in branches.chunks(H * D):
         products = _Products(chunk, q_rows, k_rows, store[0], scale, softcap, H)
-        weights = products.scores
-        products.hide(weights, chunk.hidden, -torch.inf)
-        peak = weights.amax(2, keepdim=True)
+        weights, b = products.scores, len(chunk.empty)
+        # Padded queries see nothing: the lowest number, not -inf, as the peak of theirs.
+        peak = weights.amax(2, keepdim=True).clamp_(min=torch.finfo(dtype).min)
         total = weights.sub_(peak).exp_().sum(2, keepdim=True)
-        found = products.times(weights, _prefix(store[1], chunk), v_rows.gather(chunk.keys)).div_(total)
-        _scatter(out, chunk.queries, chunk.real_queries, products.by_head(found))
-        logs = products.by_head(total.log_().add_(peak)).squeeze(3)
-        _scatter(lse, chunk.queries, chunk.real_queries, logs)
-    return out[:R], lse[:R]
+        values = _blank(store[1].gather(chunk.prefix), chunk.empty), v_rows.gather(chunk.keys)
+        found = products.times(weights, *values).div_(total)
+        rows = chunk.queries, chunk.real_queries
+        _unpad(out, *rows, products.by_head(found, b))
+        _unpad(lse, *rows, products.by_head(total.log_().add_(peak), b))
+    return out[:R], lse[:R, :, 0]
 
 
 def _fake(
@@ -349,28 +370,23 @@ def _eager_backward(
     dq, dk, dv = q.new_empty(R + 1, H, D), k.new_empty(N + 1, G, D), v.new_empty(N + 1, G, D)
     rows = (_Rows(x, G, dtype) for x in (grad, lse[:, :, None], q, k, v, k_prefix, v_prefix))
     grad_rows, lse_rows, q_rows, k_rows, v_rows, *store = rows
-    sizes = max_q, max_k, window, N, H * D
-    for chunk in _chunks(columns, q_starts, q_offsets, k_starts, *sizes):
+    branches = _padded(columns, q_starts, q_offsets, k_starts, max_q, max_k, window, N, dtype)
+    for chunk in branches.chunks(H * D):
         products = _Products(chunk, q_rows, k_rows, store[0], scale, softcap, H)
-        b, C = chunk.queries.shape[0], products.C
+        b, C = len(chunk.empty), products.C
         g = _blank(grad_rows.gather(chunk.queries), chunk.idle)
-        hidden = chunk.hidden | ~chunk.real_queries[:, :, None]
-        p = products.scores
-        slope = (p / softcap).square_().neg_().add_(1.0) if softcap else None
-        p.sub_(lse_rows.gather(chunk.queries)).exp_()
-        products.hide(p, hidden, 0.0)
-        dp = products.with_keys(g, _prefix(store[1], chunk), v_rows.gather(chunk.keys))
-        products.hide(dp, hidden, 0.0)
+        p = products.scores.sub_(_blank(lse_rows.gather(chunk.queries), chunk.idle)).exp_()
+        values = _blank(store[1].gather(chunk.prefix), chunk.empty), v_rows.gather(chunk.keys)
+        dp = products.with_keys(g, *values)
         dv_tile = torch.bmm(p[:, :, C:].mT, g)
         ds = dp.sub_((p * dp).sum(2, keepdim=True)).mul_(p).mul_(scale)
-        if slope is not None:
-            ds.mul_(slope)
-            products.hide(ds, hidden, 0.0)
+        if products.slope is not None:
+            ds.mul_(products.slope)
         dq_tile = products.times(ds, products.k_prefix, products.k)
         dk_tile = torch.bmm(ds[:, :, C:].mT, products.q)
-        _scatter(dq, chunk.queries, chunk.real_queries, products.by_head(dq_tile))
+        _unpad(dq, chunk.queries, chunk.real_queries, products.by_head(dq_tile, b))
         for packed, tile in ((dk, dk_tile), (dv, dv_tile)):
-            _scatter(packed, chunk.keys, chunk.real_keys, tile.view(b, G, max_k, D))
+            _unpad(packed, chunk.keys, chunk.real_keys, tile.view(b, G, max_k, D))
     return dq[:R], dk[:N], dv[:N]
 
 
