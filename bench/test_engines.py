@@ -98,7 +98,7 @@ def test_rome_one_edit(benchmark: Any, ed: Any) -> None:
 
 
 def test_memit(benchmark: Any, ed: Any) -> None:
-    case = MemitCase(ed, EDITS, {**made.MEMIT, "steps": min(STEPS, int(made.MEMIT["steps"]))}, sampled=3)
+    case = MemitCase(ed, EDITS, {**made.MEMIT, "steps": min(STEPS, int(made.MEMIT["steps"]))}, sampled=2)
     targets = case.time_targets()
     errors = case.compare(targets)
 
