@@ -20,6 +20,7 @@ from fastedit.request import EditRequest, as_requests
 from fastedit.session import Session
 
 if TYPE_CHECKING:
+    from fastedit.engine.estimate import MemoryEstimate
     from fastedit.evaluate import Evaluation
     from fastedit.stats import SecondMoment, StatisticsStore
 
@@ -152,6 +153,24 @@ class Editor:
             self.session, listed, self.config(method, config, **overrides), targets=targets
         )
         return edit
+
+    def estimate(
+        self,
+        requests: Requests,
+        method: str = "memit",
+        config: MethodConfig | Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> MemoryEstimate:
+        """Peak memory that ``solve`` with the same arguments would take above the model, in bytes.
+
+        Runs one request forward and changes nothing. Raises ValueError as ``solve`` does.
+        """
+        listed = as_requests(requests)
+        if not listed:
+            raise ValueError("requests: at least one is needed, got 0")
+        chosen = self.config(method, config, **overrides)
+        found: MemoryEstimate = methods.get(method).estimate(self.session, listed, chosen)
+        return found
 
     def edit(
         self,

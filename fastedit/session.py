@@ -159,8 +159,11 @@ class Session:
         if module not in self._factors:
             moment = self.second_moment(module)
             weight: Tensor = find_module(self.arch.model, module).weight  # type: ignore[assignment]
+            factor: Tensor
             if module in self._stored and self._store is not None:
                 factor = self._store.cholesky(moment)
+                # The moment can be read again; beside its factor it would double the memory.
+                del self._moments[module]
             else:
                 factor = replace(moment, total=moment.total.to(weight.device)).cholesky()
             self._factors[module] = factor.to(weight.device)

@@ -60,6 +60,7 @@ def edit(
     is.
     """
     from fastedit import methods
+    from fastedit.cli.console import quiet_libraries
     from fastedit.cli.inputs import open_model, read_checked
     from fastedit.cli.outputs import check_output, check_plot
     from fastedit.cli.settings import read_settings
@@ -79,7 +80,9 @@ def edit(
     opened.require_statistics(chosen)
     plan = _plan(opened, listed, method, chosen)
     if dry_run:
-        _show_plan(plan, json)
+        with quiet_libraries():
+            memory = opened.editor.estimate(listed, method, chosen)
+        _show_plan({**plan, "memory": memory.to_dict()}, json)
         return
     _run(opened, listed, method, chosen, plan, out=out, plot=plot, evaluating=evaluate, json=json)
 
@@ -127,7 +130,16 @@ def _show_plan(plan: dict[str, Any], json: bool) -> None:
     table.add_row("modules", ", ".join(plan["modules"]))
     for name, value in plan["config"].items():
         table.add_row(name, str(value))
+    memory = dict(plan["memory"])
+    tokens, peak = memory.pop("batch_tokens"), memory.pop("peak")
+    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in memory.items())
+    table.add_row("memory above the model", f"about {_megabytes(peak)} ({parts})")
+    table.add_row("tokens in a batch", str(tokens))
     results().print(table)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e10 else f"{size / 1e9:.1f} GB"
 
 
 def _run(

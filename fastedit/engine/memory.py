@@ -56,6 +56,10 @@ class MemoryReport:
     limit_tokens: int = 0
     shrunk: list[str] = field(default_factory=list)
 
+    def step_bytes(self, tokens: int) -> int:
+        """Predicted peak of a step over ``tokens`` tokens."""
+        return int(_TEMPORARIES * self.bytes_per_token * tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able copy."""
         return asdict(self)
@@ -96,9 +100,8 @@ def automatic_tokens(objective: TargetObjective, arch: ResolvedArch) -> tuple[in
     enough = _ENOUGH_CPU if device.type == "cpu" else _ENOUGH_CUDA
     fits = int(_SHARE * free_memory(device) / (_TEMPORARIES * per_token))
     limit = max(1, min(enough, fits))
-    report = MemoryReport(
-        bytes_per_token=per_token, limit_tokens=limit, predicted_bytes=int(_TEMPORARIES * per_token * limit)
-    )
+    report = MemoryReport(bytes_per_token=per_token, limit_tokens=limit)
+    report.predicted_bytes = report.step_bytes(limit)
     return limit, report
 
 

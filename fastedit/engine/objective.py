@@ -121,6 +121,11 @@ class TargetObjective:
         return self._rows.tokens
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes that stay between evaluations: frozen keys and values, inputs of the first block that runs."""
+        return self._rows.stored_bytes
+
+    @property
     def checkpointed(self) -> bool:
         """Whether blocks are run again in the backward instead of keeping their activations."""
         return self._rows.checkpointed

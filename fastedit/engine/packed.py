@@ -34,6 +34,7 @@ __all__ = [
     "at_tokens",
     "forest_tensors",
     "joined",
+    "named_arguments",
     "pass_through",
 ]
 

@@ -12,7 +12,6 @@ kernels that take no mask, lookup tokens counted from the end of a padded row) r
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastedit.arch import ResolvedArch, block_output
+from fastedit.engine.packed import named_arguments
 from fastedit.engine.replay import StopForward
 
 __all__ = ["SuffixReplay", "whole_rows_because"]
@@ -116,7 +116,7 @@ def _capture(
     last: list[Tensor] = []
 
     def remember(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = _named(block, args, kwargs)
+        named = named_arguments(block, args, kwargs)
         if not first:
             first.append(next(iter(named.values())).detach())
         calls.append(named)
@@ -140,21 +140,6 @@ def _capture(
         for handle in handles:
             handle.remove()
     return calls, cache, first[0], last[0]
-
-
-def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, the hidden states first."""
-    signature = inspect.signature(block.forward)
-    bound = signature.bind(*args, **kwargs).arguments
-    named: dict[str, Any] = {}
-    for name, value in bound.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        else:
-            named[name] = value
-    if "attention_mask" not in named:
-        named["attention_mask"] = None
-    return named
 
 
 class _Place:

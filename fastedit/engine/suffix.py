@@ -69,6 +69,11 @@ class PackedSuffix:
         """Tokens that every run computes."""
         return sum(edit.tokens for edit in self._edits)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stores and of the tokens' hidden states."""
+        return sum(t.nbytes for store in self._stores.values() for t in store) + self._hidden.nbytes
+
     def extend(self, problems: Sequence[Problem]) -> None:
         """Capture more requests: one clean forward over their tokens."""
         prefix = Forest(self._trunk.forest)

@@ -39,11 +39,11 @@ from fastedit.engine.padded_sweep import PaddedSweep, padded_keys_at
 from fastedit.engine.replay import StopForward
 from fastedit.tokens import Encoded
 
-__all__ = ["LayerSweep", "keys_at"]
+__all__ = ["BATCH_TOKENS", "KEPT_BYTES", "LayerSweep", "keys_at"]
 
 # Keys of all tokens that a paused layer keeps for its second product; beyond that the layer is run again instead.
-_KEPT_BYTES = 1 << 29
-_BATCH_TOKENS = 2048
+KEPT_BYTES = 1 << 29
+BATCH_TOKENS = 2048
 
 
 class _Tokens:
@@ -141,7 +141,7 @@ class LayerSweep:
         pad_id: int = 0,
         batch_tokens: int | None = None,
     ):
-        batch_tokens = _BATCH_TOKENS if batch_tokens is None else batch_tokens
+        batch_tokens = BATCH_TOKENS if batch_tokens is None else batch_tokens
         self.padded = _padded_because(arch, [row for request in rows for row in request])
         self._sweep: PaddedSweep | _PackedSweep
         if self.padded is None:
@@ -195,7 +195,7 @@ class _PackedSweep:
         # A norm behind the last matrix makes the block's output more than a sum with its product, and in half
         # precision that sum would be rounded twice.
         exact = weight.dtype in (torch.float32, torch.float64) and not arch.row.post_norm
-        self._correct = exact and count * size <= _KEPT_BYTES
+        self._correct = exact and count * size <= KEPT_BYTES
 
     def _all(self) -> list[_Tokens]:
         """All tokens, what others attend to first."""

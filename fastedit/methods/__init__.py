@@ -30,6 +30,7 @@ class MethodSpec:
         config: configuration class.
         defaults: published hyper-parameters by model name.
         solve: the function.
+        estimate: ``(session, requests, config) -> MemoryEstimate`` predicts the peak memory of ``solve``.
     """
 
     name: str
@@ -38,6 +39,7 @@ class MethodSpec:
     config: type[MethodConfig]
     defaults: Mapping[str, Mapping[str, Any]]
     solve: Callable[..., Any]
+    estimate: Callable[..., Any]
 
     def __post_init__(self) -> None:
         if self.solve.__module__.rsplit(".", 1)[-1] != self.name:
@@ -58,11 +60,20 @@ def method(
     modes: tuple[str, ...],
     config: type[MethodConfig],
     defaults: Mapping[str, Mapping[str, Any]],
+    estimate: Callable[..., Any],
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Mark a function as a method; ``get`` finds it as the ``spec`` attribute of the function."""
 
     def register(solve: Callable[..., Any]) -> Callable[..., Any]:
-        spec = MethodSpec(name=name, paper=paper, modes=modes, config=config, defaults=defaults, solve=solve)
+        spec = MethodSpec(
+            name=name,
+            paper=paper,
+            modes=modes,
+            config=config,
+            defaults=defaults,
+            solve=solve,
+            estimate=estimate,
+        )
         solve.spec = spec  # type: ignore[attr-defined]
         return solve
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastedit.config import LocateConfig, check, is_integer, is_number
 from fastedit.edit import Edit, LowRank
+from fastedit.engine.estimate import MemoryEstimate, estimate_locate, placeholder
 from fastedit.engine.objective import TargetSpec
 from fastedit.engine.problem import TokenOptions, build_problem, key_rows
 from fastedit.engine.sweep import LayerSweep
@@ -100,7 +101,30 @@ class MemitConfig(LocateConfig):
                 check(ok, "context_templates", "hold texts with one '{}' each", template)
 
 
-@method("memit", paper="arXiv:2210.07229", modes=("single", "batch"), config=MemitConfig, defaults=_DEFAULTS)
+def _estimate(session: Session, requests: Sequence[EditRequest], config: MemitConfig) -> MemoryEstimate:
+    """Predicted peak memory of ``memit`` with these arguments."""
+    drawn = [placeholder(n) for n, count in config.context_template_length_params for _ in range(count)]
+    groups = config.context_templates or (("{}",), drawn)
+    templates = [template for group in groups for template in group]
+    return estimate_locate(
+        session,
+        [build_problem(session.tokenizer, request, templates, _options(config)) for request in requests],
+        _spec(config),
+        layers=config.layers,
+        together=True,
+        batch_tokens=config.batch_tokens,
+        second_moments=config.mom2_adjustment,
+    )
+
+
+@method(
+    "memit",
+    paper="arXiv:2210.07229",
+    modes=("single", "batch"),
+    config=MemitConfig,
+    defaults=_DEFAULTS,
+    estimate=_estimate,
+)
 def memit(
     session: Session, requests: Sequence[EditRequest], config: MemitConfig, *, targets: Tensor | None = None
 ) -> Edit:

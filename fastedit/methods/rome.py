@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastedit.config import LocateConfig, check
 from fastedit.edit import Edit, LowRank
+from fastedit.engine.estimate import MemoryEstimate, estimate_locate, placeholder
 from fastedit.engine.objective import TargetSpec
 from fastedit.engine.problem import TokenOptions, build_problem, key_rows
 from fastedit.engine.sweep import keys_at
@@ -79,12 +80,29 @@ class RomeConfig(LocateConfig):
                 check(ok, "context_templates", "hold texts with one '{}' each", template)
 
 
+def _estimate(session: Session, requests: Sequence[EditRequest], config: RomeConfig) -> MemoryEstimate:
+    """Predicted peak memory of ``rome`` with these arguments."""
+    drawn = (placeholder(n) for n, count in config.context_template_length_params for _ in range(count))
+    templates = config.context_templates or ("{}", *drawn)
+    options = _options(config)
+    return estimate_locate(
+        session,
+        [build_problem(session.tokenizer, request, templates, options) for request in requests],
+        _spec(config, max(config.layers)),
+        layers=config.layers,
+        together=False,
+        batch_tokens=config.batch_tokens,
+        second_moments=config.mom2_adjustment,
+    )
+
+
 @method(
     "rome",
     paper="arXiv:2202.05262",
     modes=("single", "sequential"),
     config=RomeConfig,
     defaults=_DEFAULTS,
+    estimate=_estimate,
 )
 def rome(
     session: Session, requests: Sequence[EditRequest], config: RomeConfig, *, targets: Tensor | None = None
@@ -101,11 +119,7 @@ def rome(
     targets = injected(targets, len(requests), arch.width)
     if targets is not None:
         check(len(config.layers) == 1, "targets", "go with one edited layer", config.layers)
-    options = TokenOptions(
-        lookup=config.fact_token,
-        rule=config.token_rule,
-        retokenize=config.retokenize_target,
-    )
+    options = _options(config)
     solvers = {layer: _solver(session, layer, config) for layer in config.layers}
     with Trial(session) as trial:
         templates = config.context_templates or trial.templates(
@@ -151,6 +165,10 @@ def rome(
     )
     info = {"losses": losses, "context_templates": list(templates), "memory": memory}
     return trial.edit("rome", config, requests, deltas, info)
+
+
+def _options(config: RomeConfig) -> TokenOptions:
+    return TokenOptions(lookup=config.fact_token, rule=config.token_rule, retokenize=config.retokenize_target)
 
 
 def _spec(config: RomeConfig, layer: int) -> TargetSpec:
