@@ -22,6 +22,8 @@ from fastedit.engine.objective import TargetObjective
 from fastedit.engine.problem import Problem
 
 __all__ = [
+    "ENOUGH_CPU",
+    "ENOUGH_CUDA",
     "MemoryReport",
     "automatic_tokens",
     "free_memory",
@@ -32,8 +34,8 @@ __all__ = [
 ]
 
 # Where matrix products stop getting faster with more rows. More than that only costs memory.
-_ENOUGH_CPU = 512
-_ENOUGH_CUDA = 16384
+ENOUGH_CPU = 512
+ENOUGH_CUDA = 16384
 _SHARE = 0.6  # of the free memory; the rest is for temporaries, factors and others
 _TEMPORARIES = 1.3  # a backward holds gradients beside the activations that it has not freed yet
 
@@ -97,7 +99,7 @@ def automatic_tokens(objective: TargetObjective, arch: ResolvedArch) -> tuple[in
     device = objective.init.device
     kept = saved_bytes(arch, lambda: objective.forward(torch.zeros_like(objective.init).requires_grad_()))
     per_token = max(1, kept // objective.tokens)
-    enough = _ENOUGH_CPU if device.type == "cpu" else _ENOUGH_CUDA
+    enough = ENOUGH_CPU if device.type == "cpu" else ENOUGH_CUDA
     fits = int(_SHARE * free_memory(device) / (_TEMPORARIES * per_token))
     limit = max(1, min(enough, fits))
     report = MemoryReport(bytes_per_token=per_token, limit_tokens=limit)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch
+from fastedit.engine.graph import GraphedObjective
 from fastedit.engine.memory import (
     MemoryReport,
     automatic_tokens,
@@ -70,6 +71,7 @@ def optimise_targets(
     *,
     pad_id: int = 0,
     batch_tokens: int | None = None,
+    cuda_graphs: bool = False,
     on_done: Callable[[int], None] | None = None,
 ) -> Targets:
     """Optimise the targets of all requests together, at most ``batch_tokens`` suffix tokens at a time.
@@ -77,16 +79,20 @@ def optimise_targets(
     Args:
         batch_tokens: tokens from the lookup token on that run together; at least one request always does. ``None``
             chooses by the device and its free memory. Changes memory and speed, not results beyond rounding.
+        cuda_graphs: replay a step as a CUDA graph while its batch stays the same (`fastedit.engine.graph`).
         on_done: called with the number of requests finished so far.
 
     Raises:
-        ValueError: a loss is not finite; the message names the request.
+        ValueError: a loss is not finite, and the message names the request; ``cuda_graphs`` without a CUDA device.
         torch.OutOfMemoryError, MemoryError, RuntimeError: one request alone does not fit into memory. Before that the
             batch is halved and blocks are recomputed in the backward, each with a warning.
     """
     if not problems:
         raise ValueError("requests: at least one is needed, got 0")
-    run = _Run(model, arch, list(problems), spec, pad_id, batch_tokens)
+    device = arch.embed.weight.device  # type: ignore[union-attr]
+    if cuda_graphs and device.type != "cuda":  # type: ignore[union-attr]
+        raise ValueError(f"cuda_graphs needs the model on a CUDA device, it is on {device}")
+    run = _Run(model, arch, list(problems), spec, pad_id, batch_tokens, cuda_graphs)
     finished = 0
     while run.unfinished:
         done = run.step()
@@ -107,7 +113,10 @@ class _Run:
         spec: TargetSpec,
         pad_id: int,
         batch_tokens: int | None,
+        cuda_graphs: bool,
     ) -> None:
+        self._cuda_graphs = cuda_graphs
+        self._graphed: GraphedObjective | None = None
         self._model, self._arch, self._spec, self._pad_id = model, arch, spec, pad_id
         self._problems = problems
         self._sizes = [suffix_tokens(problem) for problem in problems]
@@ -158,6 +167,7 @@ class _Run:
         if not joining:
             return
         newcomers = [self._problems[i] for i in joining]
+        self._graphed = None
         # They count as live from here on: if they do not fit they go back into the queue with the others.
         self._live += joining
         if self._objective is None:
@@ -175,6 +185,8 @@ class _Run:
 
     def _choose(self) -> int:
         """Tokens of a batch, from what one request's step keeps."""
+        if len(self._problems) == 1:
+            return self._sizes[0]
         first = self._queue[0]
         probe = self._build([self._problems[first]])
         tokens, self.memory = automatic_tokens(probe, self._arch)
@@ -201,7 +213,12 @@ class _Run:
     def _evaluate(self) -> tuple[Loss, Tensor | None]:
         assert self._objective is not None  # noqa: S101 - for the type checker
         needed = not all(self._is_last(request) for request in self._live)
-        return self._objective(self.delta[self._index(self._live)], grad=needed)
+        delta = self.delta[self._index(self._live)]
+        if not (self._cuda_graphs and needed):
+            return self._objective(delta, grad=needed)
+        if self._graphed is None:
+            self._graphed = GraphedObjective(self._objective)
+        return self._graphed(delta)
 
     def _advance(self, loss: Loss, gradient: Tensor | None) -> int:
         """Record the losses, step those that go on and let the others go."""
@@ -221,6 +238,8 @@ class _Run:
             self._adam(gradient, alive)
         going = [position for position, is_alive in enumerate(alive) if is_alive]
         finished = len(alive) - len(going)
+        if finished:
+            self._graphed = None
         if not going:
             self._live, self._objective = [], None
         elif finished:
@@ -259,7 +278,7 @@ class _Run:
             self._checkpointed = True
             what = "going on with blocks recomputed in the backward"
         self._queue.extendleft(reversed(self._live))
-        self._live, self._objective = [], None
+        self._live, self._objective, self._graphed = [], None, None
         release_memory(self._arch)
         self.memory.shrunk.append(what)
         warnings.warn(

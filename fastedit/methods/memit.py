@@ -221,6 +221,7 @@ def _targets(
             _spec(config),
             pad_id=session.pad_id,
             batch_tokens=config.batch_tokens,
+            cuda_graphs=config.cuda_graphs,
         )
         info = {"losses": loss_report(found, todo), "memory": found.memory.to_dict()}
         for index, value in zip(open_, found.value, strict=True):

@@ -143,6 +143,7 @@ def rome(
                             spec,
                             pad_id=session.pad_id,
                             batch_tokens=config.batch_tokens,
+                            cuda_graphs=config.cuda_graphs,
                         )
                     value = found.value[0].double()
                     losses.append(loss_report(found, [request])[0])

@@ -56,6 +56,55 @@ def test_every_architecture_against_full_forwards(model_type: str, site: str) ->
         assert (found.delta[index] - delta.double()).norm() <= 1e-3 * delta.norm()
 
 
+def full_forward(
+    model, spec: TargetSpec, index: int, delta: torch.Tensor
+) -> tuple[float, float, torch.Tensor]:
+    """NLL, KL and their gradient from forwards of every row through the whole model, with autograd through hooks."""
+    arch, request = resolve(model), naive(REQUESTS[index])
+    leaf = delta.clone().requires_grad_()
+
+    def logp(row: list[int], at: int, shift: torch.Tensor) -> torch.Tensor:
+        def add(output: torch.Tensor) -> torch.Tensor:
+            moved = output.clone().view(1, len(row), -1)
+            moved[0, at] = moved[0, at] + shift
+            return moved.view(output.shape)
+
+        site = arch.mlp_out(spec.layer) if spec.site == "mlp" else arch.block(spec.layer)
+        with captured(site, add):
+            return torch.log_softmax(model(input_ids=torch.tensor([row])).logits[0], -1)
+
+    nll = []
+    for prompt, at in zip(request.rows, request.lookup, strict=True):
+        table = logp(prompt + request.target[:-1], at, leaf)
+        rows = range(len(prompt) - 1, len(prompt) - 1 + len(request.target))
+        nll.append(-sum(table[i, t] for i, t in zip(rows, request.target, strict=True)) / len(request.target))
+    clean = logp(request.kl_row, request.kl_lookup, torch.zeros_like(delta))[request.kl_lookup].detach()
+    moved = logp(request.kl_row, request.kl_lookup, leaf)[request.kl_lookup]
+    kl = spec.kl_factor * (moved.exp() * (moved - clean)).sum()
+    loss = sum(nll) / len(nll)
+    (gradient,) = torch.autograd.grad(loss + kl, leaf)
+    return float(loss.detach()), float(kl.detach()), gradient
+
+
+@pytest.mark.parametrize("site", ["mlp", "block"])
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_losses_and_gradients_against_full_forwards_in_fp32(model_type: str, site: str) -> None:
+    model = tiny_model(model_type)
+    spec = replace(SPEC, site=site)
+    objective = TargetObjective(model, resolve(model), problems(), spec)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.nn.functional.normalize(torch.randn(objective.init.shape, generator=generator))
+    radius = spec.clamp_norm_factor * objective.init.norm(dim=1, keepdim=True)
+    for share in (0.0, 0.1, 0.5, 1.0):
+        delta = share * radius * direction
+        loss, gradient = objective(delta)
+        for index in range(len(REQUESTS)):
+            nll, kl, expected = full_forward(model, spec, index, delta[index])
+            assert float(loss.nll[index]) == pytest.approx(nll, abs=1e-5)
+            assert float(loss.kl[index]) == pytest.approx(kl, abs=1e-5)
+            assert (gradient[index] - expected).norm() <= 1e-4 * expected.norm()
+
+
 # Models whose norms and rotary tables stay in fp64; the others compute them in fp32 whatever the weights.
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
 def test_gradient_against_finite_differences(model_type: str) -> None:
@@ -176,6 +225,37 @@ def test_a_request_that_does_not_fit_alone_is_recomputed_and_then_given_up(monke
     monkeypatch.setattr(TargetObjective, "__call__", never)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
         optimise_targets(model, arch, problems()[:2], SPEC)
+
+
+def test_graphs_need_a_cuda_device() -> None:
+    model = tiny_model("gpt2")
+    with pytest.raises(ValueError, match="cuda_graphs needs the model on a CUDA device, it is on cpu"):
+        optimise_targets(model, resolve(model), problems(), SPEC, cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gptj"])
+def test_graphs_give_the_same_targets(model_type: str) -> None:
+    model = tiny_model(model_type).cuda()
+    arch = resolve(model)
+    expected = optimise_targets(model, arch, problems(), SPEC)
+    found = optimise_targets(model, arch, problems(), SPEC, cuda_graphs=True)
+    assert (found.value - expected.value).norm() <= 1e-5 * expected.value.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_a_cuda_model_gives_what_a_cpu_model_gives(model_type: str, dtype: torch.dtype) -> None:
+    model = tiny_model(model_type, dtype=dtype)
+    here = TargetObjective(model, resolve(model), problems(), SPEC)
+    delta = 0.3 * torch.randn(here.init.shape, generator=torch.Generator().manual_seed(0))
+    loss, gradient = here(delta)
+    model = model.cuda()
+    there, same = TargetObjective(model, resolve(model), problems(), SPEC)(delta.cuda())
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert torch.allclose(there.total.cpu(), loss.total, atol=tolerance)
+    assert (same.cpu() - gradient).norm() <= 3 * tolerance * gradient.norm()
 
 
 def test_another_runtime_error_is_not_taken_for_memory(monkeypatch) -> None:

@@ -298,3 +298,21 @@ def test_bad_input_names_the_field_and_changes_nothing(name):
         ed.solve([], method=name, **SETTINGS[name])
     with pytest.raises(ValueError, match="method must be one of .*nothing"):
         ed.solve([good], method="nothing")
+
+
+@every_method
+@every_family
+def test_memory_is_estimated_and_nothing_changes(name: str, family: str) -> None:
+    made = editor(family)
+    before = {key: value.clone() for key, value in made.model.state_dict().items()}
+    state = made.session.generator.get_state()
+    found = made.estimate(REQUESTS, name, SETTINGS[name])
+    assert found.peak == found.statistics + found.kept + max(found.targets, found.sweep, found.equations)
+    assert min(found.statistics, found.kept, found.targets, found.sweep, found.equations) > 0
+    assert found.to_dict()["peak"] == found.peak
+    assert all(torch.equal(value, before[key]) for key, value in made.model.state_dict().items())
+    assert torch.equal(made.session.generator.get_state(), state) and not made.session.templates
+    more = made.estimate(REQUESTS * 40, name, SETTINGS[name])
+    assert more.kept > found.kept
+    with pytest.raises(ValueError, match="requests must hold at least one request"):
+        made.estimate([], name, SETTINGS[name])
