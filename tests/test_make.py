@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 def make(target: str, python: Path, folder: Path) -> tuple[int, list[str]]:
     command = ["make", target, f"VENV={folder / 'venv'}", f"PYTHON={python}"]
     # These tests may themselves run under make: what it hands down would make this one announce its directories.
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     return done.returncode, [*done.stdout.splitlines(), *lines]

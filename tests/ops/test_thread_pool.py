@@ -54,7 +54,8 @@ def test_a_forked_child_gets_its_own_threads(keys: torch.Tensor) -> None:
 
     expected = product(keys, 3)  # the parent's pool exists now; its threads do not live on in the child
     C, d = torch.zeros_like(expected), keys.shape[1]
-    wanted, result = expected.numpy().tobytes(), C.numpy()  # the child may call no torch op: OpenMP hangs after a fork
+    # The child may call no torch op: OpenMP hangs after a fork.
+    wanted, result = expected.numpy().tobytes(), C.numpy()
     child = os.fork()
     if child == 0:
         status = 1
