@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import reference.delta_step
 import torch
 from cases import MODELS, Case
+from op_bench import op_benches
 from torch import Tensor
 
 from fastedit.ops import delta_step_
@@ -52,17 +52,4 @@ def delta_step_case(shape: str, E: int, d: int) -> Case:
 CPU = [delta_step_case(name, E, MODELS[name].width) for name in ("gpt2", "gptj-6b") for E in (1, 64)]
 GPU = [delta_step_case(name, E, MODELS[name].width) for name in ("gpt2-xl", "gptj-6b") for E in (64, 1024)]
 
-
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("case", CPU, ids=lambda case: case.id)
-def test_cpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    bench_op(case, backend, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("case", GPU, ids=lambda case: case.id)
-def test_gpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    bench_op(case, backend, "cuda")
+test_cpu, test_gpu = op_benches(CPU, GPU)

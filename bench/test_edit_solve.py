@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import reference.edit_solve
 import torch
 from cases import MODELS, Case
+from op_bench import op_benches
 from torch import Tensor
 
 from fastedit.ops.edit_solve import CholeskyMetric, ProjectorMetric, cholesky_factor, edit_solve
@@ -103,17 +102,4 @@ GPU = [
     for n in (1, 100, 1000)
 ]
 
-
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("case", CPU, ids=lambda case: case.id)
-def test_cpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    bench_op(case, backend, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("case", GPU, ids=lambda case: case.id)
-def test_gpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    bench_op(case, backend, "cuda")
+test_cpu, test_gpu = op_benches(CPU, GPU)

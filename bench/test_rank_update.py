@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import pytest
 import reference.rank_update
 import torch
 from cases import MODELS, Case
+from op_bench import op_benches
 from torch import Tensor
 
 from fastedit.ops import rank_update_
@@ -76,17 +74,4 @@ XL = MODELS["gpt2-xl"]
 CPU = cases({"gpt2-xl": (XL.width, XL.key)}, (1, 8, 100))
 GPU = cases({name: (model.width, model.key) for name, model in MODELS.items()}, (1, 8, 100, 1000))
 
-
-@pytest.mark.parametrize("backend", ["reference", "eager", "cpu"])
-@pytest.mark.parametrize("case", CPU, ids=lambda case: case.id)
-def test_cpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    bench_op(case, backend, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "eager", "triton", "cuda"])
-@pytest.mark.parametrize("case", GPU, ids=lambda case: case.id)
-def test_gpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    bench_op(case, backend, "cuda")
+test_cpu, test_gpu = op_benches(CPU, GPU, native=["cpu"], device=["triton", "cuda"])

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
-import pytest
-from cases import Case, second_moment_cases
+from cases import second_moment_cases
+from op_bench import op_benches
 
 CPU = second_moment_cases("cpu")
 GPU = second_moment_cases("cuda")
 
-
-@pytest.mark.benchmark(timer=time.process_time)
-@pytest.mark.parametrize("backend", ["reference", "eager", "cpu"])
-@pytest.mark.parametrize("case", CPU, ids=lambda case: case.id)
-def test_cpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    bench_op(case, backend, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "eager", "triton", "cuda"])
-@pytest.mark.parametrize("case", GPU, ids=lambda case: case.id)
-def test_gpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    bench_op(case, backend, "cuda")
+test_cpu, test_gpu = op_benches(CPU, GPU, native=["cpu"], device=["triton", "cuda"])

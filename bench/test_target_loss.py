@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import reference.target_loss
 import torch
 from cases import MODELS, Case
+from op_bench import op_benches
 from torch import Tensor
 
 from fastedit.ops.target_loss import target_loss
@@ -71,17 +71,4 @@ def cases(names: list[str], rows: tuple[int, ...]) -> list[Case]:
 CPU = cases(["gpt2"], (8, 64))
 GPU = cases(list(MODELS), (64, 1024))
 
-
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("case", CPU, ids=lambda case: case.id)
-def test_cpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    bench_op(case, backend, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("case", GPU, ids=lambda case: case.id)
-def test_gpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    bench_op(case, backend, "cuda")
+test_cpu, test_gpu = op_benches(CPU, GPU)
