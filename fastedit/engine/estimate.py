@@ -20,7 +20,7 @@ from fastedit.engine.replay import evaluating
 from fastedit.engine.sweep import BATCH_TOKENS, KEPT_BYTES
 from fastedit.session import Session
 
-__all__ = ["MemoryEstimate", "estimate_locate", "placeholder"]
+__all__ = ["MemoryEstimate", "estimate_locate"]
 
 _DOUBLE = 8
 
@@ -51,11 +51,6 @@ class MemoryEstimate:
     def to_dict(self) -> dict[str, int]:
         """JSON-able copy, the peak included."""
         return {**asdict(self), "peak": self.peak}
-
-
-def placeholder(length: int) -> str:
-    """A context template of about ``length`` tokens, for counting only: sampling would use up the generator."""
-    return " ".join(["a"] * length) + ". {}"
 
 
 def estimate_locate(

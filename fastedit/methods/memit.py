@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastedit.config import LocateConfig, check, is_integer, is_number
 from fastedit.edit import Edit, LowRank
-from fastedit.engine.estimate import MemoryEstimate, estimate_locate, placeholder
+from fastedit.engine import locate
+from fastedit.engine.estimate import MemoryEstimate
 from fastedit.engine.objective import TargetSpec
-from fastedit.engine.problem import TokenOptions, build_problem, key_rows
+from fastedit.engine.problem import key_rows
 from fastedit.engine.sweep import LayerSweep
 from fastedit.engine.target import optimise_targets
 from fastedit.engine.target_cache import TargetCache
@@ -103,18 +104,9 @@ class MemitConfig(LocateConfig):
 
 def _estimate(session: Session, requests: Sequence[EditRequest], config: MemitConfig) -> MemoryEstimate:
     """Predicted peak memory of ``memit`` with these arguments."""
-    drawn = [placeholder(n) for n, count in config.context_template_length_params for _ in range(count)]
-    groups = config.context_templates or (("{}",), drawn)
-    templates = [template for group in groups for template in group]
-    return estimate_locate(
-        session,
-        [build_problem(session.tokenizer, request, templates, _options(config)) for request in requests],
-        _spec(config),
-        layers=config.layers,
-        together=True,
-        batch_tokens=config.batch_tokens,
-        second_moments=config.mom2_adjustment,
-    )
+    groups = config.context_templates
+    templates = None if groups is None else [template for group in groups for template in group]
+    return locate.estimate(session, requests, config, templates, _spec(config), together=True)
 
 
 @method(
@@ -140,7 +132,7 @@ def memit(
     if config.v_loss_layer is not None:
         arch.check_layer(config.v_loss_layer)
     targets = injected(targets, len(requests), arch.width)
-    options = _options(config)
+    options = locate.token_options(config)
     names = {layer: arch.name("mlp_out", layer) for layer in config.layers}
     metrics = {
         layer: CholeskyMetric(session.cholesky(names[layer])) if config.mom2_adjustment else IdentityMetric()
@@ -189,10 +181,6 @@ def memit(
     return trial.edit("memit", config, requests, deltas, info)
 
 
-def _options(config: MemitConfig) -> TokenOptions:
-    return TokenOptions(lookup=config.fact_token, rule=config.token_rule, retokenize=config.retokenize_target)
-
-
 def _targets(
     session: Session, requests: Sequence[EditRequest], config: MemitConfig, groups: Sequence[Sequence[str]]
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -205,7 +193,11 @@ def _targets(
             config.z_cache_key,
             layer=config.layers[-1],
             clamp=config.clamp_norm_factor,
-            settings={**asdict(_spec(config)), **asdict(_options(config)), "context_templates": groups},
+            settings={
+                **asdict(_spec(config)),
+                **asdict(locate.token_options(config)),
+                "context_templates": groups,
+            },
             model=session.model,
         )
         known = cache.load(requests, session.arch.width)
@@ -217,7 +209,7 @@ def _targets(
         found = optimise_targets(
             session.model,
             session.arch,
-            [build_problem(session.tokenizer, request, templates, _options(config)) for request in todo],
+            locate.build_problems(session, todo, templates, config),
             _spec(config),
             pad_id=session.pad_id,
             batch_tokens=config.batch_tokens,
@@ -232,14 +224,10 @@ def _targets(
 
 
 def _spec(config: MemitConfig) -> TargetSpec:
-    return TargetSpec(
-        layer=config.layers[-1],
-        site="block",
-        v_num_grad_steps=config.v_num_grad_steps,
-        v_lr=config.v_lr,
-        v_weight_decay=config.v_weight_decay,
-        clamp_norm_factor=config.clamp_norm_factor,
-        kl_factor=config.kl_factor,
+    return locate.target_spec(
+        config,
+        config.layers[-1],
+        "block",
         v_loss_layer=config.v_loss_layer,
         soft_cap_nll=config.soft_cap_nll,
     )

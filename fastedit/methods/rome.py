@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fastedit.config import LocateConfig, check
 from fastedit.edit import Edit, LowRank
-from fastedit.engine.estimate import MemoryEstimate, estimate_locate, placeholder
-from fastedit.engine.objective import TargetSpec
-from fastedit.engine.problem import TokenOptions, build_problem, key_rows
+from fastedit.engine import locate
+from fastedit.engine.estimate import MemoryEstimate
+from fastedit.engine.problem import key_rows
 from fastedit.engine.sweep import keys_at
 from fastedit.engine.target import optimise_targets
 from fastedit.engine.templates import flat_templates
@@ -82,18 +82,8 @@ class RomeConfig(LocateConfig):
 
 def _estimate(session: Session, requests: Sequence[EditRequest], config: RomeConfig) -> MemoryEstimate:
     """Predicted peak memory of ``rome`` with these arguments."""
-    drawn = (placeholder(n) for n, count in config.context_template_length_params for _ in range(count))
-    templates = config.context_templates or ("{}", *drawn)
-    options = _options(config)
-    return estimate_locate(
-        session,
-        [build_problem(session.tokenizer, request, templates, options) for request in requests],
-        _spec(config, max(config.layers)),
-        layers=config.layers,
-        together=False,
-        batch_tokens=config.batch_tokens,
-        second_moments=config.mom2_adjustment,
-    )
+    spec = locate.target_spec(config, max(config.layers), "mlp")
+    return locate.estimate(session, requests, config, config.context_templates, spec, together=False)
 
 
 @method(
@@ -119,13 +109,13 @@ def rome(
     targets = injected(targets, len(requests), arch.width)
     if targets is not None:
         check(len(config.layers) == 1, "targets", "go with one edited layer", config.layers)
-    options = _options(config)
+    options = locate.token_options(config)
     solvers = {layer: _solver(session, layer, config) for layer in config.layers}
     with Trial(session) as trial:
         templates = config.context_templates or trial.templates(
             flat_templates, config.context_template_length_params
         )
-        problems = [build_problem(session.tokenizer, request, templates, options) for request in requests]
+        problems = locate.build_problems(session, requests, templates, config)
         factors: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in config.layers}
         losses: list[Any] = []
         memory: dict[str, Any] = {}
@@ -133,7 +123,7 @@ def rome(
             rows = key_rows(session.tokenizer, request, templates, options)
             for layer in sorted(config.layers):
                 keys, bare = _keys(session, layer, rows)
-                spec = _spec(config, layer)
+                spec = locate.target_spec(config, layer, "mlp")
                 if targets is None:
                     with trial.timed("targets"):
                         found = optimise_targets(
@@ -166,22 +156,6 @@ def rome(
     )
     info = {"losses": losses, "context_templates": list(templates), "memory": memory}
     return trial.edit("rome", config, requests, deltas, info)
-
-
-def _options(config: RomeConfig) -> TokenOptions:
-    return TokenOptions(lookup=config.fact_token, rule=config.token_rule, retokenize=config.retokenize_target)
-
-
-def _spec(config: RomeConfig, layer: int) -> TargetSpec:
-    return TargetSpec(
-        layer=layer,
-        site="mlp",
-        v_num_grad_steps=config.v_num_grad_steps,
-        v_lr=config.v_lr,
-        v_weight_decay=config.v_weight_decay,
-        clamp_norm_factor=config.clamp_norm_factor,
-        kl_factor=config.kl_factor,
-    )
 
 
 Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
