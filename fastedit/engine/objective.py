@@ -95,9 +95,9 @@ class TargetObjective:
         self._problems: list[Problem] = []
         injection = Injection(
             layer=spec.layer,
-            # A post-norm block normalises the MLP's output before the residual sum, so a vector added to the MLP
-            # must pass through the block itself; elsewhere adding to the block's output is the same sum.
-            inside=spec.site == "mlp" and arch.row.post_norm,
+            # Where a norm follows the MLP, before or after the residual sum, a vector added to the MLP must pass
+            # through the block itself; elsewhere adding to the block's output is the same sum.
+            inside=spec.site == "mlp" and arch.row.normed_output,
             site=spec.site,
             loss_layer=arch.depth - 1 if spec.v_loss_layer is None else spec.v_loss_layer,
         )

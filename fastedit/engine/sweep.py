@@ -181,7 +181,7 @@ class _PackedSweep:
         self._first = self._at = min(layers)
         self._stop = z_layer + 1
         cut = [[row.ids[: row.lookup + 1] for row in request] for request in rows]
-        self._trunk = Trunk(arch, Forest.common(cut), stop=self._first)
+        self._trunk = Trunk(arch, Forest.common(cut, most=batch_tokens), stop=self._first)
         self._parts = [_Part(arch, rows[a:b], self._trunk) for a, b in _spans(cut, batch_tokens)]
         make: Callable[[Forest, Trunk], _Tokens] = lambda forest, trunk: _Tokens(  # noqa: E731
             arch, forest, trunk, self._first, self._stop
@@ -194,7 +194,7 @@ class _PackedSweep:
         size = weight.element_size() * max(arch.key_dim(layer) for layer in layers)
         # A norm behind the last matrix makes the block's output more than a sum with its product, and in half
         # precision that sum would be rounded twice.
-        exact = weight.dtype in (torch.float32, torch.float64) and not arch.row.post_norm
+        exact = weight.dtype in (torch.float32, torch.float64) and not arch.row.normed_output
         self._correct = exact and count * size <= KEPT_BYTES
 
     def _all(self) -> list[_Tokens]:
@@ -277,7 +277,7 @@ class _PackedSweep:
         both = (self._shared, own)
         hidden = _gather([None if tokens is None else tokens.output for tokens in both], part.bare)[None]
         if self._at == z_layer:
-            return hidden[0, part.ends][part.end_of].double()
+            return hidden[0, part.ends.to(hidden.device)][part.end_of.to(hidden.device)].double()
         runner = self._runner
         with torch.no_grad(), attending(self._arch, runner.attend), fused_activations(self._arch):
             for layer in range(self._at + 1, z_layer + 1):
@@ -286,7 +286,7 @@ class _PackedSweep:
                     hidden = runner.block(layer, hidden, call, part.bare_plan, _itself)
                 else:
                     hidden = runner.block_at(layer, hidden, call, part.ends_plan, _itself, part.ends)
-        return hidden[0, part.end_of].double()
+        return hidden[0, part.end_of.to(hidden.device)].double()
 
 
 def _gather(parts: Sequence[Tensor | None], numbers: Tensor) -> Tensor:
