@@ -27,11 +27,12 @@ _WORLD_TEXTS = 400
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to be edited; ``world`` is set for an embedded one."""
+    """A model that is ready to be edited; ``world`` is set for an embedded one, ``stats`` where --stats was given."""
 
     name: str
     editor: Editor
     world: World | None
+    stats: Path | None = None
 
     def recommended(self, method: str) -> Mapping[str, Any]:
         """Options that the embedded world recommends for the method; nothing for other models."""
@@ -41,8 +42,8 @@ class Opened:
     def require_statistics(self, config: MethodConfig) -> None:
         """Make sure the second moments that ``config`` needs are there.
 
-        For an embedded model they are collected now if none were given (a few seconds); for others a missing
-        one is a ValueError that says how to collect it.
+        For an embedded model they are collected now unless --stats was given (a few seconds); for others a missing
+        one is a ValueError that says how to collect it. Statistics that were given are used or refused.
         """
         if not getattr(config, "mom2_adjustment", False):
             return
@@ -51,7 +52,9 @@ class Opened:
         try:
             for layer in layers:
                 session.second_moment(session.arch.name("mlp_out", layer))
-        except ValueError:
+        except ValueError as error:
+            if self.stats is not None:
+                raise ValueError(f"--stats {str(self.stats)!r}: {error}") from error
             if self.world is None:
                 raise
             log(f"collecting key statistics of layers {', '.join(map(str, layers))} from the embedded corpus")
@@ -79,7 +82,9 @@ def open_model(
     options: dict[str, Any] = {"statistics": stats, "seed": seed}
     with quiet_libraries(), _loading(name):
         if not name.startswith(_WORLD):
-            return Opened(name, Editor.from_pretrained(name, dtype=dtype, device=where, **options), None)
+            return Opened(
+                name, Editor.from_pretrained(name, dtype=dtype, device=where, **options), None, stats
+            )
         from fastedit.world import load
 
         world = load(name.removeprefix(_WORLD))
@@ -87,7 +92,7 @@ def open_model(
         model = model.to(device=where)
         if dtype != "auto":
             model = model.to(dtype=_torch_dtype(dtype))
-        return Opened(name, Editor(model, world.tokenizer, **options), world)
+        return Opened(name, Editor(model, world.tokenizer, **options), world, stats)
 
 
 def read_checked(path: Path, *, limit: int | None, skip_invalid: bool) -> list[EditRequest]:
