@@ -12,7 +12,7 @@ from fastedit.cli.options import Device, Dtype, Force, Json, Limit, Model, Plot,
 
 if TYPE_CHECKING:
     from fastedit.cli.inputs import Opened
-    from fastedit.config import MethodConfig
+    from fastedit.config import LocateConfig, MethodConfig
     from fastedit.edit import Edit
     from fastedit.request import EditRequest
 
@@ -89,18 +89,31 @@ def edit(
 
 def _check_requests(opened: Opened, requests: list[EditRequest], config: MethodConfig) -> None:
     """Layers and tokens of every request, so that a bad one is found before the first is solved."""
-    from fastedit.tokens import encode_edit, target_ids
+    from fastedit.arch import position_limit
+    from fastedit.config import LocateConfig
+    from fastedit.engine.locate import token_options
+    from fastedit.engine.problem import build_problem
 
     session = opened.editor.session
     last = getattr(config, "v_loss_layer", None)
     for layer in (*getattr(config, "layers", ()), *([] if last is None else [last])):
         session.arch.check_layer(layer)
+    if not isinstance(config, LocateConfig):
+        return
+    options, templates, limit = token_options(config), _templates(config), position_limit(session.arch)
     for request in requests:
-        try:
-            target = target_ids(session.tokenizer, request.target_new)
-            encode_edit(session.tokenizer, request.prompt, request.subject, target=target)
-        except ValueError as error:
-            raise ValueError(f"request {request.id!r}: {error}") from error
+        build_problem(session.tokenizer, request, templates, options, positions=limit)
+
+
+def _templates(config: LocateConfig) -> list[str]:
+    """The configured context templates; texts as long as the longest one in place of those that will be sampled."""
+    from fastedit.engine.locate import placeholder
+
+    given = getattr(config, "context_templates", None)
+    if given is not None:
+        return [text for item in given for text in ([item] if isinstance(item, str) else item)]
+    lengths = [length for length, _ in config.context_template_length_params]
+    return ["{}", *([placeholder(max(lengths))] if lengths else [])]
 
 
 def _plan(opened: Opened, requests: list[EditRequest], method: str, config: MethodConfig) -> dict[str, Any]:
