@@ -85,7 +85,11 @@ class Session:
     def use_statistics(self, statistics: Mapping[str, SecondMoment] | StatisticsStore | str | Path) -> None:
         """Add second moments; factors of replaced ones are dropped.
 
+        Args:
+            statistics: as the class takes it. A directory must exist; a ``StatisticsStore`` may be of a new one.
+
         Raises:
+            ValueError: no such directory.
             ValueError: a moment in a mapping was collected on another model or tokenizer, or has another width.
         """
         if isinstance(statistics, Mapping):
@@ -98,7 +102,11 @@ class Session:
             return
         from fastedit.stats import StatisticsStore
 
-        self._store = StatisticsStore(statistics) if isinstance(statistics, (str, Path)) else statistics
+        if isinstance(statistics, (str, Path)):
+            if not Path(statistics).is_dir():
+                raise ValueError(f"statistics must be a directory that exists, got {str(statistics)!r}")
+            statistics = StatisticsStore(statistics)
+        self._store = statistics
         self._moments.clear()
         self._factors.clear()
         self._stored.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from fastedit.cli.console import log, quiet_libraries
 
 if TYPE_CHECKING:
     from fastedit.config import MethodConfig
+    from fastedit.edit import Edit
     from fastedit.editor import Editor
     from fastedit.request import EditRequest
     from fastedit.world import World
 
-__all__ = ["Opened", "at_least_one", "check_seed", "open_model", "read_checked"]
+__all__ = ["Opened", "at_least_one", "check_seed", "open_model", "read_checked", "read_edit"]
 
 _WORLD = "world:"
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -71,6 +73,8 @@ def open_model(
     check_seed(seed)
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if not name:
+        raise ValueError("--model must not be empty, got ''")
     if stats is not None and not stats.is_dir():
         raise ValueError(f"--stats must be a folder written by `fastedit stats`, got {str(stats)!r}")
     if not name.startswith(_WORLD):
@@ -101,10 +105,24 @@ def read_checked(path: Path, *, limit: int | None, skip_invalid: bool) -> list[E
 
     at_least_one("--limit", limit)
     problems: list[str] | None = [] if skip_invalid else None
+    if not path.exists():
+        raise FileNotFoundError(f"--requests {path}: no such file")
     requests = read_requests(path, limit=limit, problems=problems)
     for problem in problems or ():
         log(f"skipped: {problem}")
     return requests
+
+
+def read_edit(path: Path) -> Edit:
+    """The edit in a file; what is wrong with it is said under --edit."""
+    from fastedit.edit import Edit
+
+    if not path.exists():
+        raise FileNotFoundError(f"--edit {path}: no such file")
+    try:
+        return Edit.load(path)
+    except ValueError as error:
+        raise ValueError(f"--edit{str(error).removeprefix('path')}") from error
 
 
 def at_least_one(option: str, value: int | None) -> None:
@@ -158,12 +176,13 @@ def _device(text: str) -> str:
 
     if text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(text).type
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {text!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be one this machine has, got {text!r} (no CUDA device)")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {text!r}")
+    if text != "cpu":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(text.partition(":")[2] or 0) >= found:
+            have = f"{found} CUDA device{'s'[: found != 1]}" if found else "no CUDA device"
+            raise ValueError(f"--device must be one this machine has, got {text!r} ({have})")
     return text
 
 

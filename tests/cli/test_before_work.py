@@ -5,6 +5,7 @@ other runs.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,123 @@ def test_evaluate_in_python_checks_the_length_as_well(home: Path) -> None:
     with pytest.raises(ValueError, match=r"request 'far': rewrite probe: \d+ tokens .* 128 positions"):
         editor.evaluate(EditRequest(id="far", prompt=LONG + "{}", subject="Paris", target_new="Rome"))
     assert editor.evaluate(request).summary["rewrite"].requests == 1
+
+
+def test_cuda_graphs_need_a_cuda_device(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    command = (
+        "edit",
+        "--model",
+        home / "model",
+        "--requests",
+        home / "requests.jsonl",
+        "--layers",
+        "1",
+        *FAST,
+    )
+    result = fastedit(*command, "--set", "cuda_graphs=true", "--device", "cpu", "--out", tmp_path / "e")
+    result.refused("cuda_graphs needs the model on a CUDA device, it is on cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_cached_targets(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    command = [
+        "edit",
+        "--model",
+        home / "model",
+        "--requests",
+        home / "requests.jsonl",
+        "--layers",
+        "1",
+        *FAST,
+    ]
+    command += ["--no-evaluate", "--out", tmp_path / "e.safetensors"]
+    below = f"{home / 'texts.txt'}/z/{{}}_{{}}_{{}}.npz"
+    fastedit(*command, "--set", f"cache_template={below}").refused("cache_template", "texts.txt")
+    if Path("/proc").is_dir():
+        fastedit(*command, "--set", "cache_template=/proc/z/{}_{}_{}.npz").refused("cache_template", "/proc")
+    new = tmp_path / "a" / "b"
+    assert fastedit(*command, "--dry-run", "--set", f"cache_template={new}/{{}}_{{}}_{{}}.npz").code == 0
+    assert not list(tmp_path.iterdir())
+    assert fastedit(*command, "--set", f"cache_template={new}/{{}}_{{}}_{{}}.npz").code == 0
+    assert len(list(new.iterdir())) == 2
+
+
+def test_outputs_are_no_inputs(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    """--force replaces what is at the output, but not what the command reads."""
+    for name in ("requests.jsonl", "edit.safetensors", "texts.txt"):
+        shutil.copy(home / name, tmp_path)
+    requests, edit, texts = (tmp_path / name for name in ("requests.jsonl", "edit.safetensors", "texts.txt"))
+    config = tmp_path / "config.json"  # makes the folder look like a model's
+    config.write_text("{}")
+    link = tmp_path / "link.svg"
+    link.symlink_to(requests)
+    shutil.copytree(home / "model", tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    model = ("--model", tmp_path / "model", "--force")
+    facts, apply = ("--requests", requests, *FAST, "--layers", "1"), ("--edit", edit)
+    for command, words in (
+        (["edit", *model, *facts, "--out", requests], ["--out must not be --requests", "requests.jsonl"]),
+        (["edit", *model, *facts, "--out", config, "--config", config], ["--out must not be --config"]),
+        (["edit", *model, *facts, "--out", "e", "--plot", link], ["--plot must not be --requests"]),
+        (["eval", *model, "--requests", requests, *apply, "--out", edit], ["--out must not be --edit"]),
+        (["eval", *model, "--requests", requests, "--texts", texts, "--out", texts], ["not be --texts"]),
+        (["apply", *model, *apply, "--out", tmp_path / "model"], ["--out must not be --model"]),
+        (
+            ["apply", "--model", home / "model", "--force", *apply, "--out", tmp_path],
+            ["must not hold --edit"],
+        ),
+        (["export", "--to", "peft", *model, *apply, "--out", tmp_path], ["--out must not hold --model"]),
+        (["revert", *model, "--out", tmp_path / "model"], ["--model"]),
+    ):
+        fastedit(*command).refused(*words)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_differs_from_an_edits_base_is_said(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    edit, out = ("--edit", home / "edit.safetensors"), ("--out", tmp_path / "out")
+    other = fastedit("apply", "--model", home / "other", *edit, *out)
+    other.refused(
+        "module 'transformer.h.1.mlp.c_proj'", "base model", "the weights differ: was 64x32:float32:"
+    )
+    half = fastedit("apply", "--model", home / "model", "--dtype", "bfloat16", *edit, *out)
+    half.refused("the dtype differs: was 64x32:float32:", "is 64x32:bfloat16:")
+    assert "strict" not in other.err + half.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["eval", "--limit", "abc"], ["--limit must be an integer, got 'abc'"]),
+        (["demo", "--seed=1.5"], ["--seed must be an integer, got '1.5'"]),
+        (["stats", "--tokens", "1", "--tokens", "1e6"], ["--tokens must be an integer, got '1e6'"]),
+        (["edit", "--requests", ""], ["--requests must not be empty, got ''"]),
+        (["edit", "--out="], ["--out must not be empty, got ''"]),
+        (["apply", "-o", ""], ["-o must not be empty, got ''"]),
+    ],
+)
+def test_values_the_parser_refuses(fastedit: Run, arguments: list[str], words: list[str]) -> None:
+    fastedit(*arguments).refused(*words)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("meta", ["--device must be auto, cpu, cuda or cuda:N, got 'meta'"]),
+        ("cpu:1", ["--device must be", "'cpu:1'"]),
+        ("cuda:99", ["--device must be one this machine has", "'cuda:99'"]),
+    ],
+)
+def test_devices(fastedit: Run, home: Path, device: str, words: list[str]) -> None:
+    command = ("eval", "--model", home / "model", "--requests", home / "requests.jsonl")
+    fastedit(*command, "--device", device).refused(*words)
+
+
+def test_files_that_are_not_there_are_named_with_their_option(fastedit: Run, home: Path) -> None:
+    model, requests = ("--model", home / "model"), ("--requests", home / "requests.jsonl")
+    fastedit("eval", *model, "--requests", "nowhere").refused("--requests nowhere: no such file")
+    fastedit("eval", *model, *requests, "--edit", "nowhere").refused("--edit nowhere: no such file")
+    fastedit("eval", *model, *requests, "--kinds", "speed").refused("--kinds must be among", "'speed'")
+    edit = ("edit", *model, *requests, "--dry-run")
+    fastedit(*edit, "--config", "nowhere").refused("--config nowhere: no such file")
+    fastedit(*edit, "--method", "x").refused("--method must be one of memit, rome", "'x'")
+    fastedit(*edit, "--layers", "9").refused("--layers: a layer must be from 0 to 3, got 9")
