@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -23,8 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from fastedit.arch import ResolvedArch
+from fastedit.tokens import Encoded
 
-__all__ = ["Attend", "attending", "not_handed_over"]
+__all__ = ["Attend", "attending", "not_handed_over", "padded_because"]
 
 
 class Attend(Protocol):
@@ -78,6 +79,13 @@ def not_handed_over(arch: ResolvedArch) -> str | None:
         ):
             return f"{type(module).__name__} computes attention in line"
     return None
+
+
+def padded_because(arch: ResolvedArch, rows: Sequence[Encoded]) -> str | None:
+    """Why these rows cannot run as packed tokens, or ``None`` if they can."""
+    if any(row.lookup < 0 for row in rows):
+        return "a lookup token is counted from the end of the padded row"
+    return not_handed_over(arch)
 
 
 def _configs(arch: ResolvedArch) -> list[Any]:

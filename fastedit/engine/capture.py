@@ -59,7 +59,8 @@ class Placed:
     def renumbered(self, number: dict[int, int]) -> Placed:
         """The same with prefix tokens under other numbers; those not named keep theirs."""
         branches = tuple(
-            (tuple(number.get(c, c) for c in columns), *rest) for columns, *rest in self.branches
+            (tuple(number.get(c, c) for c in columns), count, shift)
+            for columns, count, shift in self.branches
         )
         return replace(self, branches=branches)
 

@@ -48,12 +48,6 @@ class PaddedRows:
         """Tokens that every run computes, padding included."""
         return int(self._replay.mask.numel())
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the captured hidden states, and about as many of keys and values in every block above."""
-        blocks = self._arch.depth - self._at.layer
-        return (2 + 2 * blocks) * self._replay.hidden.nbytes
-
     def extend(self, problems: Sequence[Problem]) -> None:
         """Capture more requests."""
         self._capture([*self._problems, *problems])

@@ -32,13 +32,21 @@ from fastedit.engine.precision import stream_dtype, wide_residual
 from fastedit.engine.problem import Problem
 from fastedit.engine.recompute import recomputed
 
-__all__ = ["PackedSuffix", "trunk_of"]
+__all__ = ["PackedSuffix", "shared_beginnings", "trunk_of"]
 
 
-def trunk_of(arch: ResolvedArch, problems: Sequence[Problem], most: int = 1024) -> Trunk:
-    """The beginnings, up to the lookup token, that rows of several requests have in common, ``most`` tokens at most."""
-    rows = [[row.ids[: row.lookup] for row in problem.rows] for problem in problems]
-    return Trunk(arch, Forest.common(rows, most=most))
+_MOST = 1024  # tokens of a trunk: its keys and values stay for the whole optimisation
+
+
+def shared_beginnings(problems: Sequence[Problem]) -> Forest:
+    """The beginnings, up to the lookup token, that rows of several requests have in common."""
+    rows = [[row.ids[: min(row.lookup, row.target_start)] for row in p.rows] for p in problems]
+    return Forest.common(rows, most=_MOST)
+
+
+def trunk_of(arch: ResolvedArch, problems: Sequence[Problem]) -> Trunk:
+    """The requests' shared beginnings, run."""
+    return Trunk(arch, shared_beginnings(problems))
 
 
 class PackedSuffix:
@@ -67,11 +75,6 @@ class PackedSuffix:
     def tokens(self) -> int:
         """Tokens that every run computes."""
         return sum(edit.tokens for edit in self._edits)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stores and of the tokens' hidden states."""
-        return sum(t.nbytes for store in self._stores.values() for t in store) + self._hidden.nbytes
 
     def extend(self, problems: Sequence[Problem]) -> None:
         """Capture more requests: one clean forward over their tokens."""
