@@ -48,9 +48,11 @@ class Session:
         statistics: Mapping[str, SecondMoment] | StatisticsStore | str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        self.model = unwrap(model)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
         if not callable(getattr(tokenizer, "encode", None)):
-            raise ValueError(f"tokenizer must be the model's tokenizer, got {tokenizer!r}")
+            raise ValueError(f"tokenizer must be the model's tokenizer, got a {type(tokenizer).__name__}")
+        self.model = unwrap(model)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         self.tokenizer = tokenizer

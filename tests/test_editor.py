@@ -50,3 +50,17 @@ def test_a_missing_statistics_directory_is_named(tmp_path: Path) -> None:
     absent.mkdir()
     with pytest.raises(ValueError, match="no second moment of 'transformer.h.1.mlp.c_proj' in .*absent'"):
         ed.solve(REQUEST, "rome", OPTIONS)
+
+
+def test_model_and_tokenizer_in_the_wrong_order_are_told_in_one_short_line() -> None:
+    for model, tokenizer, rule in (
+        (tiny_tokenizer(), tiny_model("gpt2"), "model must be a torch.nn.Module, got a "),
+        (
+            tiny_model("gpt2"),
+            tiny_model("gpt2"),
+            "tokenizer must be the model's tokenizer, got a GPT2LMHeadModel",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rule) as caught:
+            Editor(model, tokenizer)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 100

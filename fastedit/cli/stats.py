@@ -49,8 +49,12 @@ def stats(
         int | None, typer.Option(help="Tokens in one forward pass.", show_default=False)
     ] = None,
     documents: Annotated[
-        str, typer.Option(help="One text of a plain-text file: paragraph, line or file.")
-    ] = "paragraph",
+        str | None,
+        typer.Option(
+            help="One text of a plain-text file: paragraph, line or file. Default: paragraph.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a stopped run left off; refused if none is there.")
     ] = False,
@@ -76,6 +80,10 @@ def stats(
     }
     for option, value in limits.items():
         at_least_one(option, value)
+    if documents is not None and not corpus:
+        raise ValueError(f"--documents needs the text files of --corpus, got {documents!r} without them")
+    if documents not in (None, "paragraph", "line", "file"):
+        raise ValueError(f"--documents must be paragraph, line or file, got {documents!r}")
     numbers = parse_layers(layers)
     check_output(out, force=True, folder=True, added=True)
     # Any checkpoint at all, before the model is read; below, this run's own.
@@ -83,9 +91,10 @@ def stats(
     if resume and not any(out.glob("partial_*.safetensors")):
         raise ValueError(missing)
     opened = open_model(model, dtype=dtype, device=device)
-    for layer in numbers:
-        opened.editor.session.arch.check_layer(layer)
-    texts = _texts(opened, corpus, documents, samples)
+    depth = opened.editor.session.arch.depth
+    if max(numbers) >= depth:
+        raise ValueError(f"--layers: a layer must be from 0 to {depth - 1}, got {max(numbers)}")
+    texts = _texts(opened, corpus, documents or "paragraph", samples)
     limit = position_limit(opened.editor.session.arch)
     if max_length is not None and limit is not None and max_length > limit:
         raise ValueError(
@@ -129,8 +138,6 @@ def _texts(opened: Opened, sources: list[str] | None, documents: str, samples: i
                 "--corpus must name the texts to collect from (only embedded models have their own)"
             )
         return opened.world.corpus(samples or _WORLD_TEXTS)
-    if documents not in ("paragraph", "line", "file"):
-        raise ValueError(f"--documents must be paragraph, line or file, got {documents!r}")
     parts: list[Corpus] = [read_corpus(source, documents=documents) for source in sources]  # type: ignore[arg-type]
     joined = parts[0]
     if len(parts) > 1:

@@ -5,7 +5,10 @@ other runs.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +264,63 @@ def test_files_that_are_not_there_are_named_with_their_option(fastedit: Run, hom
     fastedit(*edit, "--config", "nowhere").refused("--config nowhere: no such file")
     fastedit(*edit, "--method", "x").refused("--method must be one of memit, rome", "'x'")
     fastedit(*edit, "--layers", "9").refused("--layers: a layer must be from 0 to 3, got 9")
+
+
+def test_demo_leaves_nothing_when_it_is_refused(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "a" / "b")
+    fastedit("demo", "--model", "world:foo", *out).refused("--model must be one of gpt2, llama, got 'foo'")
+    fastedit("demo", "--model", "world:gpt2", "--edits", "99999", *out).refused("--edits", "99999")
+    fastedit("demo", "--seed", "-1", *out).refused("--seed")
+    fastedit("demo", "--out", home / "texts.txt" / "b").refused("--out must be a folder that can be made")
+    assert not list(tmp_path.iterdir())
+
+
+def test_documents_belong_to_a_corpus(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    command = ("stats", "--layers", "1", "--out", tmp_path / "s")
+    fastedit(*command, "--model", "world:gpt2", "--documents", "line").refused("--documents needs", "'line'")
+    corpus = ("--model", home / "model", "--corpus", home / "texts.txt")
+    fastedit(*command, *corpus, "--documents", "word").refused("--documents must be", "'word'")
+    fastedit("stats", *corpus, "--layers", "7", "--out", tmp_path / "s").refused(
+        "--layers", "0 to 3", "got 7"
+    )
+
+
+def test_a_wrong_backend_is_found_before_any_work(
+    fastedit: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTEDIT_BACKEND", "tpu")
+    command = ("eval", "--model", home / "model", "--requests", "nowhere")
+    fastedit(*command).refused("FASTEDIT_BACKEND must be one of eager, cpu, triton, cuda, got 'tpu'")
+
+
+@pytest.mark.skipif(
+    os.name != "posix", reason="permission bits and closed streams as POSIX systems have them"
+)
+def test_written_models_have_the_users_permissions(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        arguments = ("--model", home / "model", "--edit", home / "edit.safetensors", "--out", tmp_path / "m")
+        assert fastedit("apply", *arguments).code == 0
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").rglob("*") if path.is_file()}
+    assert set(modes.values()) == {0o640} and "model.safetensors" in modes
+
+
+@pytest.mark.skipif(
+    os.name != "posix", reason="permission bits and closed streams as POSIX systems have them"
+)
+@pytest.mark.parametrize(("redirect", "code"), [("| head -c 1", 1), (">&-", 0), ("> /dev/full", 1)])
+def test_output_that_nobody_reads(tmp_path: Path, redirect: str, code: int) -> None:
+    if "/dev/full" in redirect and not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, which Linux has")
+    command = f"{sys.executable} -m fastedit methods --json; echo $? >&2"
+    shell = f"({command.replace(';', f' {redirect};')})"
+    if redirect.startswith("|"):
+        shell = f"({command}) {redirect}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    # A reader that goes away may still have had room for all of it.
+    assert int(lines[-1]) in (code, 0) if redirect.startswith("|") else int(lines[-1]) == code
+    assert len(lines) == (2 if "full" in redirect else 1)
