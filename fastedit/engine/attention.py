@@ -20,7 +20,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from fastedit.arch import ResolvedArch
 from fastedit.tokens import Encoded
@@ -66,8 +65,9 @@ def not_handed_over(arch: ResolvedArch) -> str | None:
     for config in _configs(arch):
         # Another kernel of the same function may be replaced; a function of the user's own may not.
         name = config._attn_implementation_internal or "eager"
-        own = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
-        if name not in _KERNELS or not own.__module__.startswith("transformers."):
+        registered = ALL_ATTENTION_FUNCTIONS.get(name)  # nothing for "eager": every family has its own
+        foreign = registered is not None and not registered.__module__.startswith("transformers.")
+        if foreign or name not in _KERNELS:
             return f"the model's attention implementation {name!r} is not one of {', '.join(_KERNELS)}"
     for layer in range(arch.depth):
         module = arch.attn(layer)
