@@ -122,17 +122,19 @@ def severed(
     first_noise: Tensor | None = None,
     cells: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Scores [T, L] of restoring a block's output while token t's outputs of `names` stay what they were when corrupted.
+    """Scores [T, L] of restoring a block's output while token t's outputs of `names` above it stay what they were.
 
-    Every cell makes two runs, as published: one records the outputs to freeze, one restores and freezes. first_noise: noise of
-    the recording run, where it differs.
+    Every cell makes two runs, as published: one records the outputs to freeze, one restores and freezes. first_noise: noise
+    of the recording run, where it differs (the original code draws anew for the second run).
     """
     T, L = len(ids), len(blocks)
     recording = noise if first_noise is None else first_noise
     scores = torch.full((T, L), float("nan"), dtype=torch.float64)
     for t, layer in cells if cells is not None else [(t, layer) for t in range(T) for layer in range(L)]:
-        seen = {(name, t): torch.empty(0) for name in names}
-        run(model, ids, embed, start, recording, seen=seen)
-        p = run(model, ids, embed, start, noise, [(blocks[layer], t)], seen)
+        seen = {(name, t): torch.empty(0) for name in names[layer + 1 :]}
+        if seen:
+            run(model, ids, embed, start, recording, seen=seen)
+        # Nothing to freeze in the last layer: the original makes one run, with the first noise.
+        p = run(model, ids, embed, start, noise if seen else recording, [(blocks[layer], t)], seen)
         scores[t, layer] = p[1:, answer].mean()
     return scores
