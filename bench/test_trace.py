@@ -1,8 +1,9 @@
 """Causal tracing of one prompt on a random GPT-2-medium-size model against the naive twin: 20 tokens, subject at 2-5.
 
 One thread, process time, fp32, twin and fastedit in one process. A cell costs the twin one full run (two for severed
-ones) wherever it is, so it is timed on SAMPLED cells, before and after ours, and scaled to the grid; those cells' values are
-compared here, and those of every cell on a smaller model of the same prompt. Figures go to bench/results/cpu-trace.json.
+ones) wherever it is, so it is timed on SAMPLED cells, before and after ours, and scaled to the grid; those cells'
+values are compared here, and those of every cell on a smaller model of the same prompt. Figures go to
+bench/results/cpu-trace.json.
 
 FASTEDIT_BENCH_LAYERS (24) shortens a run; a short one is neither judged nor recorded.
 """
@@ -95,7 +96,9 @@ def test_trace(benchmark: Any, ed: Any, name: str) -> None:
     (first,) = trace_prompts(
         ed.session, [prompt], TraceOptions(kinds=kinds, window=WINDOW, tokens="subject_last"), draws=[[noise]]
     )
-    before = {kind: timed(lambda k=kind: twin(ed, prompt, k, noise, cells, first.answer_id)) for kind in kinds}
+    before = {
+        kind: timed(lambda k=kind: twin(ed, prompt, k, noise, cells, first.answer_id)) for kind in kinds
+    }
     seconds, (found,) = benchmark.pedantic(
         lambda: timed(lambda: trace_prompts(ed.session, [prompt], options, draws=[[noise]])), rounds=1
     )
@@ -106,7 +109,8 @@ def test_trace(benchmark: Any, ed: Any, name: str) -> None:
     assert error <= 1e-5, f"probabilities differ by {error:.1e}"
     # Beside the cells' runs the twin of ordinary kinds makes one that restores nothing.
     per_cell = {
-        kind: (before[kind][0] + after[kind][0]) / 2 / (SAMPLED if name == "severed" else SAMPLED + 1) for kind in kinds
+        kind: (before[kind][0] + after[kind][0]) / 2 / (SAMPLED if name == "severed" else SAMPLED + 1)
+        for kind in kinds
     }
     naive = sum(per_cell.values()) * TOKENS * LAYERS
     figures = {

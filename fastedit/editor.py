@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastedit.engine.estimate import MemoryEstimate
     from fastedit.evaluate import Evaluation
     from fastedit.stats import SecondMoment, StatisticsStore
+    from fastedit.trace import CausalTrace
 
 __all__ = ["Editor"]
 
@@ -205,6 +206,36 @@ class Editor:
         from fastedit.evaluate import evaluate
 
         return evaluate(self.session, as_requests(requests), **options)
+
+    def trace(
+        self,
+        prompt: str,
+        subject: str,
+        *,
+        answer: str | None = None,
+        subjects: Sequence[str] | None = None,
+        draws: Sequence[Tensor] | None = None,
+        **options: Any,
+    ) -> CausalTrace:
+        """Where the model holds an answer: its probability with one (token, layer) restored, for all of them.
+
+        Args:
+            prompt: with the subject in it, or one ``{}`` in its place.
+            answer: whose probability is read (its first token); ``None``: what the model predicts.
+            subjects: whose embeddings the noise is scaled by; ``None``: this one's.
+            draws: noise ``[samples, subject's tokens, d]`` to use as it is; a second set serves severed kinds.
+            options: fields of ``fastedit.trace.TraceOptions``: kinds, window, tokens, noise, memory.
+
+        Raises:
+            ValueError: bad prompt, subject, answer or option, or a clean run that gives NaN.
+            NotImplementedError: a model that cannot be traced; the message says why.
+        """
+        from fastedit.trace import TraceOptions, encode_trace, trace_prompts
+
+        checked = TraceOptions(**options)
+        encoded = encode_trace(self.session, prompt, subject, answer)
+        given = None if draws is None else [draws]
+        return trace_prompts(self.session, [encoded], checked, subjects=subjects, draws=given)[0]
 
     def collect_statistics(
         self, texts: Iterable[str], layers: Sequence[int], **options: Any

@@ -1,8 +1,8 @@
 """Causal tracing by one full run of the model a cell, as in Meng et al. 2022 (arXiv:2202.05262, section 2).
 
 Row 0 of the batch is the clean prompt, every other row has noise on the embeddings of the subject's tokens. A cell
-(token t, layer l) restores, in the noisy rows, the clean output of a module at token t, and reads the mean probability of
-the answer at the last token.
+(token t, layer l) restores, in the noisy rows, the clean output of a module at token t, and reads the mean
+probability of the answer at the last token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def run(
     """Next-token probabilities [1 + S, V].
 
     ids: [T]; noise: [S, k, d], added to (replace: put in place of) the embeddings of tokens start..start+k-1.
-    restore: (module name, token) set to row 0's output in the other rows. frozen: (module name, token) -> [S, d], set after.
+    restore: (module name, token) set to row 0's output in the other rows. frozen: (module name, token) -> [S, d], set
+        after.
     seen: its keys get the noisy rows' outputs [S, d].
     """
     S, k, _ = noise.shape
@@ -90,8 +91,8 @@ def trace(
 ) -> tuple[Tensor, float, float, int]:
     """Scores [T, L] (NaN where a cell was not asked for), low score, high score, and the answer's id.
 
-    names: per layer the module to restore. window: None restores layer l, else layers max(0, l - window // 2) up to (not
-    including) min(L, l - (-window // 2)).
+    names: per layer the module to restore. window: None restores layer l, else layers max(0, l - window // 2) up to
+    (not including) min(L, l - (-window // 2)).
     """
     T, L = len(ids), len(names)
     plain = run(model, ids, embed, start, noise, replace=replace)
@@ -124,8 +125,8 @@ def severed(
 ) -> Tensor:
     """Scores [T, L] of restoring a block's output while token t's outputs of `names` above it stay what they were.
 
-    Every cell makes two runs, as published: one records the outputs to freeze, one restores and freezes. first_noise: noise
-    of the recording run, where it differs (the original code draws anew for the second run).
+    Every cell makes two runs, as published: one records the outputs to freeze, one restores and freezes. first_noise:
+    noise of the recording run, where it differs (the original code draws anew for the second run).
     """
     T, L = len(ids), len(blocks)
     recording = noise if first_noise is None else first_noise

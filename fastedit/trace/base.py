@@ -96,7 +96,9 @@ class Base:
 
             return hook
 
-        def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            if layer != len(self.keys):
+                raise RuntimeError(f"attention of layer {layer} ran out of turn")
             self.keys.append(k.contiguous())
             self.values.append(v.contiguous())
             return self._plan.attend(q, k, v, self.keys[-1], self.values[-1], **options)
@@ -145,10 +147,10 @@ class Base:
         return self._starts[prompt] + len(chosen) + row * (len(chosen) - first) + token - first
 
     def restored(self, arch: ResolvedArch, part: str, layer: int) -> Tensor:
-        """``[N, d]`` output of block ``layer`` if ``part`` gave what it gives in the clean row, token by token.
+        """``[N, d]`` output of block ``layer`` if ``part`` gave at each token what it gives in the clean row.
 
-        Patching a sub-layer's output at one token changes the block's output at that token only, so one run of the block
-        serves the first patched layer of every token and sample.
+        Patching a sub-layer's output at one token changes the block's output at that token only, so one run of the
+        block serves the first patched layer of every token and sample.
         """
         source = self.parts[part][layer]
         number = list(range(self._count))

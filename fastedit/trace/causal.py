@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -36,20 +36,20 @@ class TraceOptions:
     """What is traced.
 
     Attributes:
-        kinds: what a cell restores: ``"hidden"`` (a block's output), ``"mlp"``, ``"attn"`` (the module's output, in a window
-            of layers); ``"severed_mlp"`` and ``"severed_attn"`` restore a block's output while the token's outputs of that
-            module above it stay corrupted.
+        kinds: what a cell restores: ``"hidden"`` (a block's output), ``"mlp"``, ``"attn"`` (the module's output, in a
+            window of layers); ``"severed_mlp"`` and ``"severed_attn"`` restore a block's output while the token's
+            outputs of that module above it stay corrupted.
         window: layers that a cell of ``"mlp"`` or ``"attn"`` restores.
         tokens: ``"all"``, or ``"subject_last"``: the subject's last token only.
         noise: how the subject is corrupted.
-        memory: bytes that the sweep may take above the model; ``None``: a part of what is free. It decides how many cells run
-            together, not what they give. At least one sample of one cell runs.
+        memory: bytes that the sweep may take above the model; ``None``: a part of what is free. It decides how many
+            cells run together, not what they give. At least one sample of one cell runs.
     """
 
     kinds: tuple[str, ...] = KINDS
     window: int = 10
     tokens: Tokens = "all"
-    noise: Noise = Noise()
+    noise: Noise = field(default_factory=Noise)
     memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +88,8 @@ def trace_prompts(
 
     Raises:
         ValueError: no prompts, draws of another shape, or a clean run that gives NaN.
-        NotImplementedError: a model whose attention cannot be run on packed tokens, or that is no causal language model.
+        NotImplementedError: a model whose attention cannot be run on packed tokens, or that is no causal language
+            model.
     """
     options = options or TraceOptions()
     arch = session.arch
@@ -131,7 +132,8 @@ def _noises(
                     )
             made.append(tuple(drawn.double().cpu() for drawn in (sets if severed else sets[:1])))
         return made
-    embeddings = subject_embeddings(arch, session.tokenizer, subjects or [p.subject for p in prompts])
+    names = [prompt.subject for prompt in prompts] if subjects is None else subjects
+    embeddings = subject_embeddings(arch, session.tokenizer, names)
     scale = noise.scaled(arch, embeddings)
     for prompt in prompts:
         first, second = noise.draw(prompt.span[1] - prompt.span[0], arch.width, scale)

@@ -1,8 +1,8 @@
 """Which runs the cells of a grid need, and where they may share one.
 
-A restored cell differs from the corrupted run from its token on and from its first restored layer on: it is a *lane*, the
-tokens from that one to the last, from block ``start`` on. Windows that are cut off at layer 0 restore the same layers until
-the shorter one ends: their lanes are one until then.
+A restored cell differs from the corrupted run from its token on and from its first restored layer on: it is a *lane*,
+the tokens from that one to the last, from block ``start`` on. Windows that are cut off at layer 0 restore the same
+layers until the shorter one ends: their lanes are one until then.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Lane:
         part: sub-layer that is patched at the token, or ``None``.
         stop: one past the last layer that is patched.
         frozen: patched with the corrupted output instead of the clean one.
-        enters: layer whose restored output the lane starts with: the block's (no ``part``, or frozen), or what the block
-            gives with its part restored.
+        enters: layer whose restored output the lane starts with: the block's (no ``part``, or frozen), or what the
+            block gives with its part restored.
         fork: the lane leaves the family's first one at ``start`` instead.
     """
 

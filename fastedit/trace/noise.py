@@ -34,8 +34,8 @@ class Noise:
         distribution: ``"gaussian"``, or ``"uniform"`` on [-scale, scale].
         replace: put the noise in place of the embeddings instead of adding it.
         seed: of the draws.
-        redraw: severed runs draw anew for the run that restores, as the published code does; else they share the noise of
-            the run that records what is frozen.
+        redraw: severed runs draw anew for the run that restores, as the published code does; else they share the
+            noise of the run that records what is frozen.
     """
 
     samples: int = 10

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastedit.atomic_file import atomic_path
 
-__all__ = ["CausalTrace", "TITLES"]
+__all__ = ["TITLES", "CausalTrace"]
 
 TITLES = {
     "hidden": "hidden state",

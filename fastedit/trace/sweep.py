@@ -1,8 +1,9 @@
 """All restored cells of some prompts in one sweep over the layers.
 
-A cell restores the clean state of token t at layer l in the corrupted run. That changes nothing below l and nothing before
-t, so it is run as a lane (`fastedit.trace.lanes`): the tokens from t on, from the block above on, once per noise sample.
-What comes before them is read from the corrupted run's keys and values. What else is skipped, all of it exact:
+A cell restores the clean state of token t at layer l in the corrupted run. That changes nothing below l and nothing
+before t, so it is run as a lane (`fastedit.trace.lanes`): the tokens from t on, from the block above on, once per
+noise sample. What comes before them is read from the corrupted run's keys and values. What else is skipped, all of it
+exact:
 
 - the first block that a windowed cell restores a part of is run once for all tokens (`Base.restored`);
 - windows that begin together are one lane until the shorter one ends;

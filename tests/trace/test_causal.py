@@ -1,4 +1,4 @@
-"""The sweep against the naive twin, one full run of the model a cell, over block types, kinds, windows and noise rules."""
+"""The sweep against the naive twin, one full run of the model a cell: block types, kinds, windows, noise rules."""
 
 from __future__ import annotations
 
