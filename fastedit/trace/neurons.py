@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastedit.arch import ResolvedArch
-from fastedit.config import check, is_integer, is_number
+from fastedit.config import MethodConfig, check, is_integer, is_number
 from fastedit.engine.attention import not_handed_over
 from fastedit.engine.memory import free_memory
 from fastedit.forward import evaluating
@@ -35,7 +35,9 @@ __all__ = [
     "Grid",
     "NeuronOptions",
     "attribute",
+    "attribution_bytes",
     "coarse_neurons",
+    "encode_question",
     "find_neurons",
     "fractions",
     "own_answer",
@@ -50,7 +52,7 @@ _SHARE = 0.6  # of the free memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeuronOptions:
+class NeuronOptions(MethodConfig):
     """How neurons are attributed and chosen.
 
     Attributes:
@@ -128,7 +130,7 @@ def find_neurons(
     arch = session.arch
     layers = _layers(arch, options)
     with evaluating(session.model):
-        encoded = [_encode(session, prompt) for prompt in listed]
+        encoded = [encode_question(session, prompt) for prompt in listed]
         target = target_ids(session.tokenizer, answer) if answer is not None else None
         if target is None:
             target = own_answer(session, encoded[0][0], 1, position=encoded[0][1])
@@ -164,21 +166,12 @@ def attribute(
         rows: per prompt its ids, the position that predicts the answer, and the answer's ids.
         layers: attributed layers, ascending.
     """
-    arch = session.arch
-    questions: list[Question] = []
-    for ids, position, answer in rows:
-        questions += _questions(session, ids, position, answer, options.continuation)
-    budget = options.memory_budget or int(_SHARE * free_memory(session.device))
-    points = fractions(options.steps, options.grid)
-    whole = arch.row.side == "encoder" or not_handed_over(arch) is not None
-    engine: Any = (NeuronRows if whole else NeuronSweep)(
-        arch, questions, layers, points, options.activation, budget
-    )
-    gradients: list[Tensor] = engine.run()
+    engine = _engine(session, rows, layers, options)
+    gradients = engine.run()
     at = gradients[0].device
     gradient = torch.stack([one.to(at) for one in gradients], dim=1)
     activation = torch.stack([engine.activations[layer].to(gradient) for layer in layers], dim=1)
-    scores = activation * gradient / len(points)
+    scores = activation * gradient / options.steps
     sizes = [len(answer) for _, _, answer in rows]
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     return (
@@ -186,6 +179,33 @@ def attribute(
         torch.stack([part.mean(dim=0) for part in activation.split(sizes)]),
         engine.probabilities[firsts].detach(),
     )
+
+
+def attribution_bytes(
+    session: Session,
+    rows: Sequence[tuple[Sequence[int], int, Sequence[int]]],
+    layers: Sequence[int],
+    options: NeuronOptions,
+) -> tuple[int, int]:
+    """Predicted bytes above the model of `attribute` with the same arguments: clean forward, and sweep."""
+    return _engine(session, rows, layers, options).predicted_bytes()
+
+
+def _engine(
+    session: Session,
+    rows: Sequence[tuple[Sequence[int], int, Sequence[int]]],
+    layers: Sequence[int],
+    options: NeuronOptions,
+) -> NeuronSweep | NeuronRows:
+    arch = session.arch
+    questions: list[Question] = []
+    for ids, position, answer in rows:
+        questions += _questions(session, ids, position, answer, options.continuation)
+    budget = options.memory_budget or int(_SHARE * free_memory(session.device))
+    points = fractions(options.steps, options.grid)
+    whole = arch.row.side == "encoder" or not_handed_over(arch) is not None
+    made = NeuronRows if whole else NeuronSweep
+    return made(arch, questions, layers, points, options.activation, budget)
 
 
 def own_answer(session: Session, ids: Sequence[int], count: int, *, position: int = -1) -> list[int]:
@@ -236,7 +256,7 @@ def _questions(
     ]
 
 
-def _encode(session: Session, prompt: str) -> tuple[tuple[int, ...], int]:
+def encode_question(session: Session, prompt: str) -> tuple[tuple[int, ...], int]:
     """Token ids of a prompt, and the position that predicts the answer."""
     tokenizer = session.tokenizer
     if session.arch.row.side == "encoder":

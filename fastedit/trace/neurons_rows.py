@@ -47,6 +47,15 @@ class NeuronRows:
         self.probabilities = torch.cat([one[2] for one in found])
         return [torch.stack(rows) for rows in zip(*(one[0] for one in found), strict=True)]
 
+    def predicted_bytes(self) -> tuple[int, int]:
+        """Bytes above the model that the clean forward leaves, and that a layer's copies take at their peak."""
+        question = max(self._questions, key=lambda question: len(question.ids))
+        inputs, activations = self._clean(self._capture(question, 1), len(question.ids), question.position)
+        self._rows_at_once(0, question, inputs[0])
+        lowest = self._arch.depth - min(self._layers)
+        total = int(_TEMPORARIES * self._row_bytes * lowest * len(question.ids) * len(self._fractions))
+        return sum(tensor.nbytes for tensor in (*inputs, *activations)), min(total, self._budget)
+
     def _of_one(self, question: Question) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Gradients of the attributed layers, activations of all, and the clean probability ``[1]``."""
         arch, length = self._arch, len(question.ids)

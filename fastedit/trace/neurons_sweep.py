@@ -112,6 +112,22 @@ class NeuronSweep:
         with self._running():
             return max(1, saved_bytes(self._arch, forward) // 2)
 
+    def predicted_bytes(self) -> tuple[int, int]:
+        """Bytes above the model that the clean forward leaves, and that the sweep takes at its peak."""
+        clean = self._clean
+        kept = [tensor for store in clean.stores.values() for tensor in store]
+        kept += [*clean.inputs, *clean.outputs, *clean.activations]
+        blocks = sum(self._arch.depth - layer for layer in self._layers)
+        total = int(_TEMPORARIES * self.row_bytes() * blocks * len(self._fractions) * len(self._answers))
+        head: Tensor = self._arch.head.weight  # type: ignore[assignment]
+        return sum(tensor.nbytes for tensor in kept), min(
+            total, self._budget
+        ) + 4 * 4 * self._head_rows * head.shape[0]
+
+    @property
+    def _head_rows(self) -> int:
+        return _HEAD_ROWS_CPU if self._clean.inputs[0].device.type == "cpu" else _HEAD_ROWS_CUDA
+
     def _chunks(self, joins: list[Join]) -> Iterator[list[Join]]:
         """Joins in their order, as many together as the budget takes."""
         most = max(1, int(self._budget / (_TEMPORARIES * self.row_bytes())))
@@ -226,9 +242,9 @@ class NeuronSweep:
     def _head_gradient(self, hidden: Tensor, joins: Sequence[Join]) -> Tensor:
         """``[n, d]`` gradient of each row's answer probability with respect to the last block's output."""
         answers = self._answers[[join.question for join in joins]]
-        size = _HEAD_ROWS_CPU if hidden.device.type == "cpu" else _HEAD_ROWS_CUDA
         found = []
-        for part, wanted in zip(hidden.detach().split(size), answers.split(size), strict=True):
+        parts = zip(hidden.detach().split(self._head_rows), answers.split(self._head_rows), strict=True)
+        for part, wanted in parts:
             leaf = part.requires_grad_()
             found += torch.autograd.grad(last_layer_probability(self._arch, leaf, wanted).sum(), leaf)
         return torch.cat(found)
