@@ -27,7 +27,7 @@ COLOURS = {
     "severed_attn": "#E69F00",
 }
 # Text stays text in an SVG (it can be searched and is read aloud), and equal plots are equal files.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "fastedit"}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastedit"}
 _SUFFIXES = (".png", ".svg")
 
 
@@ -93,6 +93,7 @@ def _figure(trace: CausalTrace, kinds: Sequence[str] | None) -> Figure:
     if rows == 1:
         with new_figure(max(5.0, 0.28 * next(iter(grids.values())).shape[1] * len(grids)), 3.4) as figure:
             _bars(figure.subplots(), trace, grids)
+            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
             return figure
     with new_figure(4.4 * len(grids) + 0.8, max(2.6, 0.24 * rows + 1.3)) as figure:
         axes = figure.subplots(1, len(grids), squeeze=False)[0]
@@ -108,7 +109,7 @@ def _figure(trace: CausalTrace, kinds: Sequence[str] | None) -> Figure:
             else:
                 _label_tokens(axis, trace)
         bar = figure.colorbar(image, ax=list(axes))
-        bar.set_label(f"p({trace.answer.strip() or trace.answer!r})")
+        bar.set_label(f"p({_visible(trace.answer)})")
         figure.suptitle(f"clean {trace.high_score:.3f}, corrupted {trace.low_score:.3f}", fontsize=10)
         return figure
 
@@ -139,4 +140,3 @@ def _bars(axis: Axes, trace: CausalTrace, grids: dict[str, Any]) -> None:
     axis.set_xlabel(f"layer restored at token {_visible(trace.input_tokens[trace.traced[0]])}")
     axis.set_ylabel(f"gain in p({_visible(trace.answer)})")
     axis.set_title(f"clean {trace.high_score:.3f}, corrupted {trace.low_score:.3f}", fontsize=10)
-    axis.legend(frameon=False, fontsize=9)
