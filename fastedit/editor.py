@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fastedit.evaluate import Evaluation
     from fastedit.stats import SecondMoment, StatisticsStore
     from fastedit.trace import CausalTrace
+    from fastedit.trace.neurons_result import Neurons
 
 __all__ = ["Editor"]
 
@@ -236,6 +237,22 @@ class Editor:
         encoded = encode_trace(self.session, prompt, subject, answer)
         given = None if draws is None else [draws]
         return trace_prompts(self.session, [encoded], checked, subjects=subjects, draws=given)[0]
+
+    def neurons(self, prompts: str | Sequence[str], answer: str | None = None, **options: Any) -> Neurons:
+        """Which MLP neurons an answer depends on: integrated gradients of all layers in one sweep.
+
+        Args:
+            prompts: one prompt, or several of one fact, whose neurons are those that enough prompts share.
+            answer: what is attributed; ``None``: the model's own next token after the first prompt.
+            options: fields of ``fastedit.trace.neurons.NeuronOptions``: layers, steps, adaptive_threshold, p, ...
+
+        Raises:
+            ValueError: bad prompt, answer, option or layer, or scores that are not finite.
+        """
+        from fastedit.config import from_mapping
+        from fastedit.trace.neurons import NeuronOptions, find_neurons
+
+        return find_neurons(self.session, prompts, answer, from_mapping(NeuronOptions, options))
 
     def collect_statistics(
         self, texts: Iterable[str], layers: Sequence[int], **options: Any
