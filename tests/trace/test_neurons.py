@@ -12,6 +12,7 @@ import torch
 from reference import neurons as twin
 from tiny import DEPTH, tiny_model, tiny_tokenizer
 
+from fastedit.editor import Editor
 from fastedit.engine.attention import not_handed_over
 from fastedit.session import Session
 from fastedit.trace.neurons import NeuronOptions, coarse_neurons, find_neurons, fractions, shared_neurons
@@ -332,3 +333,13 @@ def test_the_result_saves_loads_plots_and_shows(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", a=np.zeros(1))
     with pytest.raises(ValueError, match=r"path must be a file that Neurons.save wrote"):
         Neurons.load(tmp_path / "other.npz")
+
+
+def test_the_editors_door() -> None:
+    made = session("gpt2")
+    ed = Editor(made.model, made.tokenizer)
+    found = ed.neurons(PROMPTS[0], "the", steps=5, layers=[1, 2])
+    want = find_neurons(made, PROMPTS[0], "the", NeuronOptions(steps=5, layers=(1, 2)))
+    assert found.neurons == want.neurons and torch.equal(found.scores, want.scores)
+    with pytest.raises(ValueError, match="NeuronOptions: unknown option 'step'; known: layers, steps"):
+        ed.neurons(PROMPTS[0], "the", step=5)
