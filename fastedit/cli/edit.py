@@ -93,7 +93,7 @@ def _check_requests(opened: Opened, requests: list[EditRequest], config: MethodC
 
     session = opened.editor.session
     last = getattr(config, "v_loss_layer", None)
-    for layer in (*getattr(config, "layers", ()), *([] if last is None else [last])):
+    for layer in (*_layers(opened, config), *([] if last is None else [last])):
         session.arch.check_layer(layer)
     for request in requests:
         try:
@@ -103,15 +103,20 @@ def _check_requests(opened: Opened, requests: list[EditRequest], config: MethodC
             raise ValueError(f"request {request.id!r}: {error}") from error
 
 
+def _layers(opened: Opened, config: MethodConfig) -> list[int]:
+    """Layers that may be edited; a method without a choice of its own may edit all."""
+    layers = getattr(config, "layers", ())
+    return list(range(opened.editor.session.arch.depth) if layers is None else layers)
+
+
 def _plan(opened: Opened, requests: list[EditRequest], method: str, config: MethodConfig) -> dict[str, Any]:
     session = opened.editor.session
-    layers = list(getattr(config, "layers", ()))
     return {
         "model": opened.name,
         "model_type": session.arch.row.model_type,
         "method": method,
         "requests": len(requests),
-        "modules": [session.arch.name("mlp_out", layer) for layer in layers],
+        "modules": [session.arch.name("mlp_out", layer) for layer in _layers(opened, config)],
         "config": config.to_dict(),
     }
 

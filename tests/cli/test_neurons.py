@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import Run
 
+from fastedit.edit import Edit
 from fastedit.trace.neurons_result import Neurons
 
 PROMPTS = ("--prompt", "The Eiffel Tower is located in the city of", "--prompt", "The Eiffel Tower is in")
@@ -51,3 +52,20 @@ def test_bad_options_are_one_line(
     result = fastedit("neurons", "--model", home / "model", *PROMPTS, *options)
     assert result.code == 2 and message in result.err
     assert result.err.count("\n") == 1 and not result.out
+
+
+def test_kn_edits_from_the_command_line(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    arguments = ("edit", "--model", home / "model", "--requests", home / "requests.jsonl", "--method", "kn")
+    plan = fastedit(*arguments, "--dry-run", "--json")
+    assert plan.code == 0, plan.err
+    # Without a choice every layer may be edited.
+    assert len(plan.json["modules"]) == 4 and plan.json["config"]["layers"] is None
+    out = tmp_path / "e.safetensors"
+    result = fastedit(*arguments, "--set", "steps=4", "--set", "refine=true", "--out", out, "--json")
+    assert result.code == 0, result.err
+    assert set(result.json["norms"]) <= set(result.json["modules"])
+    edit = Edit.load(out)
+    assert [row["id"] for row in edit.info["neurons"]] == ["tower", "player"]
+    assert fastedit("eval", *arguments[1:5], "--edit", out).code == 0
+    refused = fastedit(*arguments, "--set", "scale=x", "--out", tmp_path / "no.safetensors")
+    assert refused.code == 2 and "scale must be one of 'plain', 'norm', got 'x'" in refused.err
