@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastedit.arch import ResolvedArch
 from fastedit.engine.attention import not_handed_over
-from fastedit.engine.memory import free_memory
 from fastedit.forward import evaluating
 from fastedit.ops.target_loss import target_loss
 from fastedit.session import Session
 from fastedit.trace.base import Base
+from fastedit.trace.budget import Budget, combined, jobs_of
 from fastedit.trace.lanes import KINDS, SEVERED, families
 from fastedit.trace.noise import Noise, subject_embeddings
 from fastedit.trace.prompts import TracePrompt
@@ -26,9 +26,6 @@ from fastedit.trace.sweep import Run, Sweep, grouped
 __all__ = ["TraceOptions", "trace_prompts"]
 
 Tokens = Literal["all", "subject_last"]
-
-# As many tokens as make matrix products as fast as they get; more would only cost memory.
-_ENOUGH = {"cpu": 1024, "cuda": 32768}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +99,16 @@ def trace_prompts(
     if not prompts:
         raise ValueError("prompts: at least one is needed, got 0")
     noises = _noises(session, prompts, options, subjects, draws)
+    parts = sorted({kind.removeprefix("severed_") for kind in options.kinds if kind != "hidden"})
+    budget = Budget.of(arch, options.memory, len(parts))
+    found: dict[int, list[tuple[int, CausalTrace]]] = {}
     with evaluating(session.model):
-        found: list[CausalTrace] = []
-        for part in _parts(prompts, noises, _batch_tokens(arch, options.memory)):
-            found += _trace(session, [prompts[i] for i in part], [noises[i] for i in part], options)
-    return found
+        for job in jobs_of(prompts, noises, budget):
+            drawn = [tuple(rows[job.samples] for rows in noises[i]) for i in job.prompts]
+            traces = _trace(session, [prompts[i] for i in job.prompts], drawn, options, parts, budget.run)
+            for i, sets, trace in zip(job.prompts, drawn, traces, strict=True):
+                found.setdefault(i, []).append((len(sets[0]), trace))
+    return [combined(found[i]) for i in range(len(prompts))]
 
 
 def _noises(
@@ -141,40 +143,15 @@ def _noises(
     return made
 
 
-def _batch_tokens(arch: ResolvedArch, memory: int | None) -> int:
-    weight: Tensor = arch.mlp_out(0).weight  # type: ignore[assignment]
-    # The residual stream and a copy, queries, keys, values and attention's tiles, and what the MLP holds at a time.
-    per_token = (16 * arch.width + 4 * arch.key_dim(0)) * weight.element_size()
-    if memory is None:
-        fits = int(0.3 * free_memory(weight.device)) // per_token
-        return max(1, min(_ENOUGH.get(weight.device.type, 1024), fits))
-    return max(1, memory // per_token)
-
-
-def _parts(
-    prompts: Sequence[TracePrompt], noises: Sequence[Sequence[Tensor]], batch_tokens: int
-) -> list[list[int]]:
-    """Prompts whose clean and corrupted rows run together."""
-    parts: list[list[int]] = []
-    count = 0
-    for index, (prompt, sets) in enumerate(zip(prompts, noises, strict=True)):
-        own = len(prompt) + sum(len(rows) for rows in sets) * (len(prompt) - prompt.span[0])
-        if not parts or count + own > batch_tokens:
-            parts.append([])
-            count = 0
-        parts[-1].append(index)
-        count += own
-    return parts
-
-
 def _trace(
     session: Session,
     prompts: Sequence[TracePrompt],
     noises: Sequence[tuple[Tensor, ...]],
     options: TraceOptions,
+    parts: Sequence[str],
+    batch_tokens: int,
 ) -> list[CausalTrace]:
     arch = session.arch
-    parts = sorted({kind.removeprefix("severed_") for kind in options.kinds if kind != "hidden"})
     base = Base(arch, prompts, noises, replace=options.noise.replace, parts=parts)
     answers, predicted, high, low = _plain(arch, base, prompts, noises)
     depth = arch.depth
@@ -211,7 +188,7 @@ def _trace(
     sweep.restore(work)
     found: dict[tuple[int, str, int, int], list[Tensor]] = {}
     with sweep.running():
-        for group in grouped(work, _batch_tokens(arch, options.memory)):
+        for group in grouped(work, batch_tokens):
             finals = sweep.finals(group)
             labels = [answers[run.prompt] for run in group for _ in run.samples]
             p = _probabilities(arch, torch.cat(finals), labels)

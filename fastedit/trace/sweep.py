@@ -62,6 +62,11 @@ class Run:
         """Tokens of all samples."""
         return self.width * len(self.samples)
 
+    @property
+    def cost(self) -> int:
+        """What a sample takes, in tokens: attention gathers the keys and values of what is before it, too."""
+        return self.width + 1 + self.lane.token // 8
+
 
 def grouped(families: Sequence[Sequence[Run]], batch_tokens: int) -> Iterator[list[Run]]:
     """Runs that fit into ``batch_tokens`` together, families undivided; a family that does not fit gives up samples."""
@@ -69,18 +74,18 @@ def grouped(families: Sequence[Sequence[Run]], batch_tokens: int) -> Iterator[li
     count = 0
     # Runs of one width and near starts go together: no padding in attention, no block for a few tokens.
     for family in sorted(families, key=lambda family: (-family[0].width, -family[0].lane.start)):
-        width = sum(run.width for run in family)
+        cost = sum(run.cost for run in family)
         samples = family[0].samples
-        step = max(1, min(len(samples), batch_tokens // width))
+        step = max(1, min(len(samples), batch_tokens // cost))
         for first in range(0, len(samples), step):
             part = samples[first : first + step]
-            if group and count + width * len(part) > batch_tokens:
+            if group and count + cost * len(part) > batch_tokens:
                 yield group
                 group, count = [], 0
             group += [
                 Run(run.prompt, run.length, run.lane, part, run.rows, run.frozen_rows) for run in family
             ]
-            count += width * len(part)
+            count += cost * len(part)
     if group:
         yield group
 
