@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import reference.branch_attention
 import torch
 from cases import Case
+from op_bench import op_benches
 from torch import Tensor
 
 from fastedit.ops.branch_attention import branch_attention
@@ -98,7 +98,14 @@ def cases(sizes: dict[str, dict[str, Any]], dtypes: tuple[torch.dtype, ...]) -> 
 SHORT = {"branches": 450, "own": (4, 8), "prefix": (10, 20)}
 MEDIUM = {"heads": 16, "groups": 16, "D": 64}
 LLAMA = {"heads": 32, "groups": 8, "D": 128}
-CPU = cases({"gpt2-medium": {**SHORT, **MEDIUM}}, (torch.float32, torch.bfloat16))
+CPU = cases(
+    {
+        "gpt2-medium": {**SHORT, **MEDIUM},
+        "gpt2-medium one edit": {**SHORT, **MEDIUM, "branches": 21},
+        "llama3-8b": {**SHORT, **LLAMA},
+    },
+    (torch.float32, torch.bfloat16),
+)
 GPU = cases(
     {
         "gpt2-medium": {**SHORT, **MEDIUM},
@@ -108,17 +115,4 @@ GPU = cases(
     (torch.float32, torch.bfloat16),
 )
 
-
-@pytest.mark.parametrize("backend", ["reference", "eager"])
-@pytest.mark.parametrize("case", CPU, ids=lambda case: case.id)
-def test_cpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    bench_op(case, backend, "cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
-@pytest.mark.parametrize("case", GPU, ids=lambda case: case.id)
-def test_gpu(bench_op: Callable[[Case, str, str], float | None], case: Case, backend: str) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    bench_op(case, backend, "cuda")
+test_cpu, test_gpu = op_benches(CPU, GPU, native=["cpu"], device=["triton"])

@@ -6,13 +6,16 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "cpu/branch_attention.h"
 #include "cpu/isa.h"
 #include "cpu/rank_update.h"
 #include "cpu/second_moment.h"
 
 namespace py = pybind11;
+using fastedit::BranchType;
 using fastedit::FactorType;
 using fastedit::KeyType;
 using fastedit::MasterType;
@@ -65,6 +68,57 @@ void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_str
                            threads});
 }
 
+// A [tokens, heads, d] tensor: address, type, strides of tokens and heads.
+using Rows = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t>;
+
+fastedit::BranchRows rows_of(const Rows& rows) {
+    const auto& [address, type, token_stride, head_stride] = rows;
+    return {pointer<void>(address), static_cast<BranchType>(type), token_stride, head_stride};
+}
+
+// columns, q_starts, q_offsets, k_starts
+using BranchIndex = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+// branches, width, queries, tokens, stored, heads, groups, d
+using BranchSizes = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                               std::int64_t, std::int64_t, std::int64_t>;
+
+fastedit::BranchAttentionArgs branch_attention_args(const std::vector<Rows>& inputs, const BranchIndex& index,
+                                                    const BranchSizes& sizes, double scale, double softcap,
+                                                    std::int64_t window, std::uintptr_t lse, const Rows& out,
+                                                    int threads) {
+    fastedit::BranchAttentionArgs args{};
+    args.q = rows_of(inputs.at(0)), args.k = rows_of(inputs.at(1)), args.v = rows_of(inputs.at(2));
+    args.k_prefix = rows_of(inputs.at(3)), args.v_prefix = rows_of(inputs.at(4));
+    args.columns = pointer<const std::int64_t>(std::get<0>(index));
+    args.q_starts = pointer<const std::int64_t>(std::get<1>(index));
+    args.q_offsets = pointer<const std::int64_t>(std::get<2>(index));
+    args.k_starts = pointer<const std::int64_t>(std::get<3>(index));
+    std::tie(args.branches, args.width, args.queries, args.tokens, args.stored, args.heads, args.groups,
+             args.d) = sizes;
+    args.scale = scale, args.softcap = softcap, args.window = window;
+    args.lse = pointer<float>(lse), args.out = rows_of(out), args.threads = threads;
+    return args;
+}
+
+void branch_attention(const std::vector<Rows>& inputs, const BranchIndex& index, const BranchSizes& sizes,
+                      double scale, double softcap, std::int64_t window, std::uintptr_t lse, const Rows& out,
+                      int threads) {
+    py::gil_scoped_release release;
+    fastedit::branch_attention(
+        branch_attention_args(inputs, index, sizes, scale, softcap, window, lse, out, threads));
+}
+
+void branch_attention_backward(const std::vector<Rows>& inputs, const BranchIndex& index,
+                               const BranchSizes& sizes, double scale, double softcap, std::int64_t window,
+                               std::uintptr_t lse, const Rows& grad, const Rows& dq, const Rows& dk,
+                               const Rows& dv, int threads) {
+    py::gil_scoped_release release;
+    fastedit::BranchAttentionArgs args =
+        branch_attention_args(inputs, index, sizes, scale, softcap, window, lse, dq, threads);
+    args.grad = rows_of(grad), args.dk = rows_of(dk), args.dv = rows_of(dv);
+    fastedit::branch_attention_backward(args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -77,4 +131,10 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),
           py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("alpha"), py::arg("threads"));
+    m.def("branch_attention", &branch_attention, py::arg("inputs"), py::arg("index"), py::arg("sizes"),
+          py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("lse"), py::arg("out"),
+          py::arg("threads"));
+    m.def("branch_attention_backward", &branch_attention_backward, py::arg("inputs"), py::arg("index"),
+          py::arg("sizes"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("lse"),
+          py::arg("grad"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("threads"));
 }

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from fastedit.cli import main
-
 __all__: list[str] = []
 
 if __name__ == "__main__":
-    main()
+    try:
+        from fastedit.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        import sys
+
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

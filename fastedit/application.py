@@ -11,7 +11,23 @@ from torch import Tensor, nn
 from fastedit.arch import editable_weight
 from fastedit.delta import Delta, fingerprint
 
-__all__ = ["Application", "Target", "Touched", "add_all", "plan"]
+__all__ = ["Application", "OtherBaseError", "Target", "Touched", "add_all", "plan"]
+
+
+class OtherBaseError(ValueError):
+    """The edit was solved on other weights; `problem` is the message without the hint for Python."""
+
+    def __init__(self, name: str, was: str, found: str) -> None:
+        names = ("shape", "dtype", "weights")
+        differ = [what for what, a, b in zip(names, was.split(":"), found.split(":")) if a != b]
+        # Other shapes or dtypes have other hashes by themselves.
+        differ = differ[:-1] or differ
+        verb = "differ" if differ[-1] == "weights" or len(differ) > 1 else "differs"
+        self.problem = (
+            f"module {name!r}: the edit is for another base model or an edited one, the {' and '.join(differ)} "
+            f"{verb}: was {was}, is {found}"
+        )
+        super().__init__(f"{self.problem}; apply(model, strict=False) edits it nevertheless")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +74,7 @@ def plan(model: nn.Module, deltas: Sequence[Delta], base: Mapping[str, str], *, 
                 f"the model's is {shape}"
             )
         if strict and (found := fingerprint(weight)) != base[delta.name]:
-            raise ValueError(
-                f"module {delta.name!r}: the edit is for another base model or an edited one, its weight was "
-                f"{base[delta.name]} and is {found}; apply(model, strict=False) edits it nevertheless"
-            )
+            raise OtherBaseError(delta.name, base[delta.name], found)
         for name in delta.fields:
             value = getattr(delta, name)
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):

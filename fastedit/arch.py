@@ -28,6 +28,7 @@ __all__ = [
     "editable_weight",
     "find_module",
     "is_transposed",
+    "position_limit",
     "replace_block_output",
     "resolve",
     "row_of",
@@ -201,6 +202,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = get_base()
         else:
             return model
+
+
+def position_limit(arch: ResolvedArch) -> int | None:
+    """Tokens that a row may have: the positions that the model's configuration names; None if it names none."""
+    config: Any = getattr(arch.model, "config", None)
+    text = getattr(config, "get_text_config", None)
+    config = text() if callable(text) else config
+    for name in ("n_positions", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:

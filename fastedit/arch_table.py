@@ -68,6 +68,11 @@ class Architecture:
     head_scale: float = 1.0
     adapt: Callable[[Architecture, Any], Architecture] | None = None
 
+    @property
+    def normed_output(self) -> bool:
+        """Whether a norm follows the MLP's last matrix, so that what it adds is not a term of the block's output."""
+        return self.post_norm or self.norm_after_add
+
     def __post_init__(self) -> None:
         if self.block.count("{}") != 1:
             raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path", "fsync_path"]
+__all__ = ["atomic_path", "can_write", "fsync_path"]
 
 
 @contextmanager
@@ -49,3 +49,14 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def can_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, by trying: permission bits say little about root, mounts and quotas."""
+    probe = folder / f".fastedit-{os.getpid()}.tmp"
+    try:
+        probe.touch(exist_ok=False)
+    except OSError:
+        return False
+    probe.unlink()
+    return True

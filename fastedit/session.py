@@ -48,9 +48,11 @@ class Session:
         statistics: Mapping[str, SecondMoment] | StatisticsStore | str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        self.model = unwrap(model)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
         if not callable(getattr(tokenizer, "encode", None)):
-            raise ValueError(f"tokenizer must be the model's tokenizer, got {tokenizer!r}")
+            raise ValueError(f"tokenizer must be the model's tokenizer, got a {type(tokenizer).__name__}")
+        self.model = unwrap(model)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed must be an integer, got {seed!r}")
         self.tokenizer = tokenizer
@@ -85,7 +87,11 @@ class Session:
     def use_statistics(self, statistics: Mapping[str, SecondMoment] | StatisticsStore | str | Path) -> None:
         """Add second moments; factors of replaced ones are dropped.
 
+        Args:
+            statistics: as the class takes it. A directory must exist; a ``StatisticsStore`` may be of a new one.
+
         Raises:
+            ValueError: no such directory.
             ValueError: a moment in a mapping was collected on another model or tokenizer, or has another width.
         """
         if isinstance(statistics, Mapping):
@@ -98,7 +104,11 @@ class Session:
             return
         from fastedit.stats import StatisticsStore
 
-        self._store = StatisticsStore(statistics) if isinstance(statistics, (str, Path)) else statistics
+        if isinstance(statistics, (str, Path)):
+            if not Path(statistics).is_dir():
+                raise ValueError(f"statistics must be a directory that exists, got {str(statistics)!r}")
+            statistics = StatisticsStore(statistics)
+        self._store = statistics
         self._moments.clear()
         self._factors.clear()
         self._stored.clear()

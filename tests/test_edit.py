@@ -344,7 +344,7 @@ def test_another_base_model_is_refused() -> None:
     refused(
         tiny_model("gpt2", dtype=torch.bfloat16),
         edit,
-        "its weight was 64x32:float32:.* and is 64x32:bfloat16:",
+        "the dtype differs: was 64x32:float32:.*, is 64x32:bfloat16:",
     )
 
 

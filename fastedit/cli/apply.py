@@ -42,7 +42,7 @@ def revert(
     import shutil
 
     from fastedit.cli.console import emit_json, line
-    from fastedit.cli.outputs import check_output, saving
+    from fastedit.cli.outputs import check_not_input, check_output, saving
     from fastedit.export import restore_exported
     from fastedit.export.folder import atomic_folder
     from fastedit.export.hf import UNDO
@@ -56,6 +56,7 @@ def revert(
     if out is not None and model.resolve() in out.resolve().parents:
         raise ValueError(f"--out must not lie inside --model, got {str(out)!r}")
     check_output(out, force=force, folder=True)
+    check_not_input({"--out": out}, {"--model": model}, folder=True)
     if out is None:
         restored = restore_exported(model)
     else:

@@ -47,13 +47,18 @@ def demo(
     from fastedit.cli.outputs import saving
     from fastedit.evaluate import write_json
     from fastedit.readers import write_requests
+    from fastedit.world.model import ARCHS
 
-    _make_folder(out)
+    model = model.removeprefix("world:")
+    if model not in ARCHS:
+        raise ValueError(f"--model must be one of {', '.join(ARCHS)}, got {model!r}")
     at_least_one("--edits", edits)
     check_seed(seed)
+    _check_folder(out)
     started = time.perf_counter()
     with quiet_libraries(), saving(out):
         run = _Run.open(model, edits, seed)
+        out.mkdir(parents=True, exist_ok=True)
         write_requests(out / "requests.jsonl", run.requests)
         rome = _rome(run)
         memit = _memit(run, out)
@@ -274,13 +279,12 @@ def _undone(same: bool) -> str:
     return "undone: the model is bit-identical to the original" if same else "NOT undone: the weights differ"
 
 
-def _make_folder(out: Path) -> None:
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written to or made; it is made once there is something to put into it."""
+    from fastedit.atomic_file import can_write
+
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {str(out)!r}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out must be a folder that can be made, got {str(out)!r}") from error
-    from fastedit.cli.outputs import check_output
-
-    check_output(out / "report.json", force=True)
+    above = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not can_write(above):
+        raise ValueError(f"--out must be a folder that can be made and written to, got {str(out)!r}")

@@ -12,7 +12,7 @@ from fastedit.cli.options import Device, Dtype, Force, Json, Limit, Model, Plot,
 
 if TYPE_CHECKING:
     from fastedit.cli.inputs import Opened
-    from fastedit.config import MethodConfig
+    from fastedit.config import LocateConfig, MethodConfig
     from fastedit.edit import Edit
     from fastedit.request import EditRequest
 
@@ -62,7 +62,7 @@ def edit(
     from fastedit import methods
     from fastedit.cli.console import quiet_libraries
     from fastedit.cli.inputs import open_model, read_checked
-    from fastedit.cli.outputs import check_output, check_plot
+    from fastedit.cli.outputs import check_not_input, check_output, check_plot
     from fastedit.cli.settings import read_settings
 
     if out is None and not dry_run:
@@ -71,6 +71,10 @@ def edit(
         raise ValueError("--plot needs the evaluation, got --no-evaluate")
     check_output(out, force=force)
     check_plot(plot, force=force, out=out)
+    inputs = {"--requests": requests, "--config": config, "--stats": stats, "--model": model}
+    check_not_input({"--out": out, "--plot": plot}, inputs)
+    if method not in methods.names():
+        raise ValueError(f"--method must be one of {', '.join(methods.names())}, got {method!r}")
     spec = methods.get(method)
     settings = read_settings(spec.config, file=config, assignments=assignments or (), layers=layers)
     listed = read_checked(requests, limit=limit, skip_invalid=skip_invalid)
@@ -88,19 +92,39 @@ def edit(
 
 
 def _check_requests(opened: Opened, requests: list[EditRequest], config: MethodConfig) -> None:
-    """Layers and tokens of every request, so that a bad one is found before the first is solved."""
-    from fastedit.tokens import encode_edit, target_ids
+    """Layers, device, folders and every request's tokens: what is wrong is found before the first is solved."""
+    from fastedit.arch import position_limit
+    from fastedit.config import LocateConfig
+    from fastedit.engine.locate import token_options
+    from fastedit.engine.problem import build_problem
+    from fastedit.engine.target_cache import check_folder
 
     session = opened.editor.session
     last = getattr(config, "v_loss_layer", None)
-    for layer in (*_layers(opened, config), *([] if last is None else [last])):
-        session.arch.check_layer(layer)
+    named = [("--layers", layer) for layer in _layers(opened, config)]
+    for name, layer in [*named, *([] if last is None else [("v_loss_layer", last)])]:
+        if not 0 <= layer < session.arch.depth:
+            raise ValueError(f"{name}: a layer must be from 0 to {session.arch.depth - 1}, got {layer}")
+    if not isinstance(config, LocateConfig):
+        return
+    if config.cuda_graphs and session.device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs the model on a CUDA device, it is on {session.device.type}")
+    if (template := getattr(config, "cache_template", None)) is not None:
+        check_folder(template, layer=config.layers[-1], clamp=config.clamp_norm_factor)
+    options, templates, limit = token_options(config), _templates(config), position_limit(session.arch)
     for request in requests:
-        try:
-            target = target_ids(session.tokenizer, request.target_new)
-            encode_edit(session.tokenizer, request.prompt, request.subject, target=target)
-        except ValueError as error:
-            raise ValueError(f"request {request.id!r}: {error}") from error
+        build_problem(session.tokenizer, request, templates, options, positions=limit)
+
+
+def _templates(config: LocateConfig) -> list[str]:
+    """The configured context templates; texts as long as the longest one in place of those that will be sampled."""
+    from fastedit.engine.locate import placeholder
+
+    given = getattr(config, "context_templates", None)
+    if given is not None:
+        return [text for item in given for text in ([item] if isinstance(item, str) else item)]
+    lengths = [length for length, _ in config.context_template_length_params]
+    return ["{}", *([placeholder(max(lengths))] if lengths else [])]
 
 
 def _layers(opened: Opened, config: MethodConfig) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 __all__ = ["Interrupted", "describe"]
 
@@ -19,12 +20,16 @@ _INPUT_ERRORS = (
 )
 
 
+# A word in the parser's message about a type -> what the value must be.
+_TYPES = {"integer": "an integer", "number": "a number", "float": "a number"}
+
+
 class Interrupted(RuntimeError):
     """Ctrl-C during work that can go on later; the message says how."""
 
 
-def describe(error: BaseException) -> tuple[str, int]:
-    """(the line for stderr, the exit code) of an error that ended a command."""
+def describe(error: BaseException, arguments: Sequence[str] = ()) -> tuple[str, int]:
+    """(the line for stderr, the exit code) of an error that ended a command with these arguments."""
     if isinstance(error, Interrupted):
         return f"interrupted: {_one_line(str(error))}", INTERRUPTED
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
@@ -32,9 +37,11 @@ def describe(error: BaseException) -> tuple[str, int]:
     # Usage errors of the argument parser. By shape, because typer carries its own copy of click since 0.27 or
     # so and the classes of the two are not related.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-        return f"error: {_usage(error)}", BAD_INPUT
+        return f"error: {_usage(error, arguments)}", BAD_INPUT
     if isinstance(error, _INPUT_ERRORS):
-        return f"error: {_text(error)}", BAD_INPUT
+        # Some messages go on with a hint for Python.
+        problem = getattr(error, "problem", None)
+        return f"error: {_one_line(problem) if isinstance(problem, str) else _text(error)}", BAD_INPUT
     if isinstance(error, (RuntimeError, OSError, MemoryError)):
         return f"error: {_text(error)}", FAILED
     if isinstance(error, ImportError):
@@ -54,11 +61,23 @@ def _text(error: BaseException) -> str:
     return _one_line(str(error)) or type(error).__name__
 
 
-def _usage(error: BaseException) -> str:
-    message = _one_line(str(error.format_message()))  # type: ignore[attr-defined]
+def _usage(error: BaseException, arguments: Sequence[str]) -> str:
+    message = _wrong_type(error, arguments) or _one_line(str(error.format_message()))  # type: ignore[attr-defined]
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
     return message.rstrip(".") + hint
+
+
+def _wrong_type(error: BaseException, arguments: Sequence[str]) -> str | None:
+    """The parser's message names neither the rule nor the value: the value is what stands after the option."""
+    message, options = str(getattr(error, "message", "")), getattr(getattr(error, "param", None), "opts", ())
+    rule = next((rule for word, rule in _TYPES.items() if f"valid {word}" in message), None)
+    for position in reversed(range(len(arguments))):
+        option, equals, value = arguments[position].partition("=")
+        if rule is not None and option in options:
+            value = value if equals else next(iter(arguments[position + 1 :]), "")
+            return f"{option} must be {rule}, got {value!r}"
+    return None
 
 
 def _one_line(text: str) -> str:

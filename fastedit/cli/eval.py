@@ -44,22 +44,27 @@ def evaluate(
     perplexity.
     """
     from fastedit.cli.console import emit_json, line, results
-    from fastedit.cli.inputs import at_least_one, open_model, read_checked
-    from fastedit.cli.outputs import check_output, check_plot, saving
-    from fastedit.edit import Edit
+    from fastedit.cli.inputs import at_least_one, open_model, read_checked, read_edit
+    from fastedit.cli.outputs import check_not_input, check_output, check_plot, saving
     from fastedit.evaluate import comparison_table, perplexity, plot_probabilities, request_table, write_json
+    from fastedit.evaluate.metrics import KINDS
 
     check_output(out, force=force)
     check_plot(plot, force=force, out=out)
+    inputs = {"--requests": requests, "--edit": edit, "--texts": texts, "--model": model}
+    check_not_input({"--out": out, "--plot": plot}, inputs)
     at_least_one("--batch-tokens", batch_tokens)
     listed = read_checked(requests, limit=limit, skip_invalid=skip_invalid)
     chosen = None if kinds is None else [kind.strip() for kind in kinds.split(",")]
+    for kind in chosen or ():
+        if kind not in KINDS:
+            raise ValueError(f"--kinds must be among {', '.join(KINDS)}, got {kind!r}")
     corpus = None
     if texts is not None:
         from fastedit.stats.corpus import read_corpus
 
         corpus = list(read_corpus(texts))
-    loaded = None if edit is None else Edit.load(edit)
+    loaded = None if edit is None else read_edit(edit)
     editor = open_model(model, dtype=dtype, device=device).editor
     stages = {}
     fluency = {}

@@ -27,9 +27,8 @@ def export(
 ) -> None:
     """Ship an edit: as an exact LoRA adapter (PEFT, vLLM), or merged into the model's weights."""
     from fastedit.cli.console import emit_json, line
-    from fastedit.cli.inputs import open_model
-    from fastedit.cli.outputs import check_output, saving
-    from fastedit.edit import Edit
+    from fastedit.cli.inputs import open_model, read_edit
+    from fastedit.cli.outputs import check_not_input, check_output, saving
 
     if to not in _TARGETS:
         raise ValueError(f"--to must be one of {', '.join(_TARGETS)}, got {to!r}")
@@ -37,7 +36,8 @@ def export(
         write_model(model, edit, out, dtype=dtype, force=force, json=json)
         return
     check_output(out, force=force, folder=True)
-    loaded = Edit.load(edit)
+    check_not_input({"--out": out}, {"--model": model, "--edit": edit}, folder=True)
+    loaded = read_edit(edit)
     opened = open_model(model, dtype=dtype, device="cpu")
     from fastedit.export import to_peft
 
@@ -54,13 +54,13 @@ def export(
 def write_model(model: str, edit: Path, out: Path, *, dtype: str, force: bool, json: bool) -> None:
     """Apply an edit and write the model, its tokenizer and what undoes the edit to the folder ``out``."""
     from fastedit.cli.console import emit_json, line, quiet_libraries
-    from fastedit.cli.inputs import open_model
-    from fastedit.cli.outputs import check_output, saving
-    from fastedit.edit import Edit
+    from fastedit.cli.inputs import open_model, read_edit
+    from fastedit.cli.outputs import check_not_input, check_output, saving
     from fastedit.export import export_model
 
     check_output(out, force=force, folder=True)
-    loaded = Edit.load(edit)
+    check_not_input({"--out": out}, {"--model": model, "--edit": edit}, folder=True)
+    loaded = read_edit(edit)
     opened = open_model(model, dtype=dtype, device="cpu")
     editor = opened.editor
     with quiet_libraries(), editor.applied(loaded), saving(out):

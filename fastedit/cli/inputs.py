@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from fastedit.cli.console import log, quiet_libraries
 
 if TYPE_CHECKING:
     from fastedit.config import MethodConfig
+    from fastedit.edit import Edit
     from fastedit.editor import Editor
     from fastedit.request import EditRequest
     from fastedit.world import World
 
-__all__ = ["Opened", "at_least_one", "check_seed", "open_model", "read_checked"]
+__all__ = ["Opened", "at_least_one", "check_seed", "open_model", "read_checked", "read_edit"]
 
 _WORLD = "world:"
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -27,11 +29,12 @@ _WORLD_TEXTS = 400
 
 @dataclass(frozen=True)
 class Opened:
-    """A model that is ready to be edited; ``world`` is set for an embedded one."""
+    """A model that is ready to be edited; ``world`` is set for an embedded one, ``stats`` where --stats was given."""
 
     name: str
     editor: Editor
     world: World | None
+    stats: Path | None = None
 
     def recommended(self, method: str) -> Mapping[str, Any]:
         """Options that the embedded world recommends for the method; nothing for other models."""
@@ -41,8 +44,8 @@ class Opened:
     def require_statistics(self, config: MethodConfig) -> None:
         """Make sure the second moments that ``config`` needs are there.
 
-        For an embedded model they are collected now if none were given (a few seconds); for others a missing
-        one is a ValueError that says how to collect it.
+        For an embedded model they are collected now unless --stats was given (a few seconds); for others a missing
+        one is a ValueError that says how to collect it. Statistics that were given are used or refused.
         """
         if not getattr(config, "mom2_adjustment", False):
             return
@@ -51,7 +54,9 @@ class Opened:
         try:
             for layer in layers:
                 session.second_moment(session.arch.name("mlp_out", layer))
-        except ValueError:
+        except ValueError as error:
+            if self.stats is not None:
+                raise ValueError(f"--stats {str(self.stats)!r}: {error}") from error
             if self.world is None:
                 raise
             log(f"collecting key statistics of layers {', '.join(map(str, layers))} from the embedded corpus")
@@ -68,6 +73,8 @@ def open_model(
     check_seed(seed)
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if not name:
+        raise ValueError("--model must not be empty, got ''")
     if stats is not None and not stats.is_dir():
         raise ValueError(f"--stats must be a folder written by `fastedit stats`, got {str(stats)!r}")
     if not name.startswith(_WORLD):
@@ -79,7 +86,9 @@ def open_model(
     options: dict[str, Any] = {"statistics": stats, "seed": seed}
     with quiet_libraries(), _loading(name):
         if not name.startswith(_WORLD):
-            return Opened(name, Editor.from_pretrained(name, dtype=dtype, device=where, **options), None)
+            return Opened(
+                name, Editor.from_pretrained(name, dtype=dtype, device=where, **options), None, stats
+            )
         from fastedit.world import load
 
         world = load(name.removeprefix(_WORLD))
@@ -87,7 +96,7 @@ def open_model(
         model = model.to(device=where)
         if dtype != "auto":
             model = model.to(dtype=_torch_dtype(dtype))
-        return Opened(name, Editor(model, world.tokenizer, **options), world)
+        return Opened(name, Editor(model, world.tokenizer, **options), world, stats)
 
 
 def read_checked(path: Path, *, limit: int | None, skip_invalid: bool) -> list[EditRequest]:
@@ -96,10 +105,24 @@ def read_checked(path: Path, *, limit: int | None, skip_invalid: bool) -> list[E
 
     at_least_one("--limit", limit)
     problems: list[str] | None = [] if skip_invalid else None
+    if not path.exists():
+        raise FileNotFoundError(f"--requests {path}: no such file")
     requests = read_requests(path, limit=limit, problems=problems)
     for problem in problems or ():
         log(f"skipped: {problem}")
     return requests
+
+
+def read_edit(path: Path) -> Edit:
+    """The edit in a file; what is wrong with it is said under --edit."""
+    from fastedit.edit import Edit
+
+    if not path.exists():
+        raise FileNotFoundError(f"--edit {path}: no such file")
+    try:
+        return Edit.load(path)
+    except ValueError as error:
+        raise ValueError(f"--edit{str(error).removeprefix('path')}") from error
 
 
 def at_least_one(option: str, value: int | None) -> None:
@@ -153,12 +176,13 @@ def _device(text: str) -> str:
 
     if text == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(text).type
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {text!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be one this machine has, got {text!r} (no CUDA device)")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {text!r}")
+    if text != "cpu":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(text.partition(":")[2] or 0) >= found:
+            have = f"{found} CUDA device{'s'[: found != 1]}" if found else "no CUDA device"
+            raise ValueError(f"--device must be one this machine has, got {text!r} ({have})")
     return text
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_output", "check_plot", "saving"]
+from fastedit.atomic_file import can_write
+
+__all__ = ["check_not_input", "check_output", "check_plot", "saving"]
 
 
 # What a folder written by apply, revert or export holds one of.
@@ -37,8 +38,25 @@ def check_output(
     parent = path.absolute().parent
     if not parent.is_dir():
         raise ValueError(f"{option} must lie in a folder that exists, got {str(path)!r}")
-    if not _writable(parent):
+    if not can_write(parent):
         raise ValueError(f"{option} must lie in a folder that can be written to, got {str(path)!r}")
+
+
+def check_not_input(
+    outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | str | None], *, folder: bool = False
+) -> None:
+    """Refuse an output that is one of the inputs, whatever --force says; or, of folders, that holds one.
+
+    Inputs that are no files (names of models) are left alone.
+    """
+    for option, path in outputs.items():
+        for other, given in inputs.items():
+            if path is None or given is None or not path.exists() or not Path(given).exists():
+                continue
+            if path.samefile(given):
+                raise ValueError(f"{option} must not be {other}, got {str(path)!r} for both")
+            if folder and path.resolve() in Path(given).resolve().parents:
+                raise ValueError(f"{option} must not hold {other}, got {str(path)!r} and {str(given)!r}")
 
 
 def check_plot(path: Path | None, *, force: bool, out: Path | None = None) -> None:
@@ -67,14 +85,3 @@ def saving(path: Path) -> Iterator[None]:
 
 def _replaceable(folder: Path) -> bool:
     return not any(folder.iterdir()) or any((folder / name).is_file() for name in _OURS)
-
-
-def _writable(folder: Path) -> bool:
-    """By trying: permission bits say little about root, read-only mounts and quotas."""
-    probe = folder / f".fastedit-{os.getpid()}.tmp"
-    try:
-        probe.touch(exist_ok=False)
-    except OSError:
-        return False
-    probe.unlink()
-    return True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +18,11 @@ __all__ = ["parse_layers", "read_settings"]
 def read_settings(
     config: type, *, file: Path | None = None, assignments: Sequence[str] = (), layers: str | None = None
 ) -> dict[str, Any]:
-    """Options of ``config`` from a JSON file, then ``key=value`` assignments, then --layers; later ones win.
+    """Options of ``config`` from a JSON file, then ``key=value`` assignments and --layers, which win over it.
 
     Raises ValueError naming the option, the rule and the value: unknown option (the known ones are listed),
-    wrong type, an assignment without '=', a file that is not a JSON object. FileNotFoundError for a missing
-    file.
+    wrong type, an assignment without '=', an option that is given twice, a file that is not a JSON object.
+    FileNotFoundError for a missing file.
     """
     hints = get_type_hints(config)
     known = [field.name for field in dataclasses.fields(config)]
@@ -29,17 +30,25 @@ def read_settings(
     if file is not None:
         for name, value in _read_file(file).items():
             values[name] = _checked(f"--config {file}", known, hints, name, value)
+    given: dict[str, str] = {}
     for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals or not name.strip():
+        name, equals, text = (part.strip() for part in assignment.partition("="))
+        if not equals or not name:
             raise ValueError(f"--set must be key=value, got {assignment!r}")
-        values[name.strip()] = _from_text(known, hints, name.strip(), text.strip())
+        if name in given:
+            raise ValueError(f"--set must give {name} once, got {given[name]!r} and {text!r}")
+        given[name] = text
+        values[name] = _from_text(known, hints, name, text)
     if layers is not None:
+        if "layers" in given:
+            raise ValueError(
+                f"--layers must not be given with --set layers, got {layers!r} and {given['layers']!r}"
+            )
         values["layers"] = tuple(parse_layers(layers))
     return values
 
 
-def parse_layers(text: str) -> list[int]:
+def parse_layers(text: str, option: str = "--layers") -> list[int]:
     """``"3-5,8"`` -> [3, 4, 5, 8]. ValueError for anything but numbers and ascending ranges, or a repeated
     layer.
     """
@@ -47,21 +56,23 @@ def parse_layers(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--layers must look like 3,4,5 or 3-8, got {text!r}")
+            raise ValueError(f"{option} must look like 3,4,5 or 3-8, got {text!r}")
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
-            raise ValueError(f"--layers must have ascending ranges, got {part.strip()!r} in {text!r}")
+            raise ValueError(f"{option} must have ascending ranges, got {part.strip()!r} in {text!r}")
         if high >= 10_000:
-            raise ValueError(f"--layers must be below 10000, got {text!r}")
+            raise ValueError(f"{option} must be below 10000, got {text!r}")
         layers += range(low, high + 1)
     if len(set(layers)) < len(layers):
-        raise ValueError(f"--layers must not repeat a layer, got {text!r}")
+        raise ValueError(f"{option} must not repeat a layer, got {text!r}")
     return layers
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--config {path}: no such file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path} must be a JSON file: {error}") from error
     if not isinstance(values, dict):
@@ -71,6 +82,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 
 def _from_text(known: Sequence[str], hints: Mapping[str, Any], name: str, text: str) -> Any:
     """The first reading of the text that has the option's type: JSON, a bare list, the text itself."""
+    if name == "layers" and name in known and re.fullmatch(r"[\d,\s]*\d\s*-\s*\d[\d,\s-]*", text):
+        return tuple(parse_layers(text, "--set layers"))
     if name in known:
         for read in (json.loads, lambda t: json.loads(f"[{t}]"), _bare):
             try:

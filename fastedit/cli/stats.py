@@ -49,8 +49,12 @@ def stats(
         int | None, typer.Option(help="Tokens in one forward pass.", show_default=False)
     ] = None,
     documents: Annotated[
-        str, typer.Option(help="One text of a plain-text file: paragraph, line or file.")
-    ] = "paragraph",
+        str | None,
+        typer.Option(
+            help="One text of a plain-text file: paragraph, line or file. Default: paragraph.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a stopped run left off; refused if none is there.")
     ] = False,
@@ -59,12 +63,14 @@ def stats(
     json: Json = False,
 ) -> None:
     """Collect the key statistics (second moments) that ROME and MEMIT need, for all layers in one pass."""
+    from fastedit.arch import position_limit
     from fastedit.cli.console import emit_json, log
     from fastedit.cli.errors import Interrupted
     from fastedit.cli.inputs import at_least_one, open_model
     from fastedit.cli.outputs import check_output, saving
     from fastedit.cli.settings import parse_layers
     from fastedit.stats import StatisticsStore
+    from fastedit.stats.collect import checkpoint_path
 
     limits = {
         "--tokens": tokens,
@@ -74,29 +80,43 @@ def stats(
     }
     for option, value in limits.items():
         at_least_one(option, value)
+    if documents is not None and not corpus:
+        raise ValueError(f"--documents needs the text files of --corpus, got {documents!r} without them")
+    if documents not in (None, "paragraph", "line", "file"):
+        raise ValueError(f"--documents must be paragraph, line or file, got {documents!r}")
     numbers = parse_layers(layers)
     check_output(out, force=True, folder=True, added=True)
-    if resume and not _stopped(out):
-        raise ValueError(f"--resume needs the checkpoint of a stopped run in --out, got {str(out)!r}")
+    # Any checkpoint at all, before the model is read; below, this run's own.
+    missing = f"--resume needs the checkpoint of a run with the same options in --out, got {str(out)!r}"
+    if resume and not any(out.glob("partial_*.safetensors")):
+        raise ValueError(missing)
     opened = open_model(model, dtype=dtype, device=device)
-    for layer in numbers:
-        opened.editor.session.arch.check_layer(layer)
-    texts = _texts(opened, corpus, documents, samples)
+    depth = opened.editor.session.arch.depth
+    if max(numbers) >= depth:
+        raise ValueError(f"--layers: a layer must be from 0 to {depth - 1}, got {max(numbers)}")
+    texts = _texts(opened, corpus, documents or "paragraph", samples)
+    limit = position_limit(opened.editor.session.arch)
+    if max_length is not None and limit is not None and max_length > limit:
+        raise ValueError(
+            f"--max-length must be <= {limit}, the model's number of positions, got {max_length}"
+        )
     store = StatisticsStore(out)
+    session = opened.editor.session
+    chosen: dict[str, Any] = {
+        "directory": out,
+        "max_length": max_length,
+        "token_budget": tokens,
+        "batch_tokens": batch_tokens,
+    }
+    checkpoint = checkpoint_path(session.model, session.tokenizer, session.arch, texts, numbers, **chosen)
+    if resume and not checkpoint.exists():
+        raise ValueError(missing)
     log(f"collecting layers {layers} of {model}; Ctrl-C keeps what is done")
     try:
         with saving(out):
-            moments = opened.editor.collect_statistics(
-                texts,
-                numbers,
-                max_length=max_length,
-                token_budget=tokens,
-                batch_tokens=batch_tokens,
-                directory=out,
-                progress=True,
-            )
+            moments = opened.editor.collect_statistics(texts, numbers, progress=True, **chosen)
     except KeyboardInterrupt:
-        if not _stopped(out):
+        if not checkpoint.exists():
             raise
         raise Interrupted(
             f"run the same command with --resume to go on; the checkpoint is in {out}"
@@ -106,10 +126,6 @@ def stats(
         emit_json({"model": model, "out": str(out), "statistics": rows})
     else:
         _show(rows, out)
-
-
-def _stopped(out: Path) -> bool:
-    return any(out.glob("partial_*.safetensors"))
 
 
 def _texts(opened: Opened, sources: list[str] | None, documents: str, samples: int | None) -> Any:
@@ -122,8 +138,6 @@ def _texts(opened: Opened, sources: list[str] | None, documents: str, samples: i
                 "--corpus must name the texts to collect from (only embedded models have their own)"
             )
         return opened.world.corpus(samples or _WORLD_TEXTS)
-    if documents not in ("paragraph", "line", "file"):
-        raise ValueError(f"--documents must be paragraph, line or file, got {documents!r}")
     parts: list[Corpus] = [read_corpus(source, documents=documents) for source in sources]  # type: ignore[arg-type]
     joined = parts[0]
     if len(parts) > 1:

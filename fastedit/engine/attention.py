@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from fastedit.arch import ResolvedArch
+from fastedit.tokens import Encoded
 
-__all__ = ["Attend", "attending", "not_handed_over"]
+__all__ = ["Attend", "attending", "not_handed_over", "padded_because"]
 
 
 class Attend(Protocol):
@@ -43,6 +46,12 @@ class Attend(Protocol):
         ...
 
 
+# Kernels of one function: softmax(mask(cap(scale q k^T))) v.
+_KERNELS = (
+    *("eager", "sdpa", "flex_attention"),
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+)
+
 # What an attention call may carry beside the tensors without changing which key a query sees.
 _HARMLESS = (
     *("dropout", "scaling", "softcap", "sliding_window", "position_ids", "cache_position", "use_cache"),
@@ -54,6 +63,12 @@ def not_handed_over(arch: ResolvedArch) -> str | None:
     """Why the attention of this model cannot be handed over, or ``None`` if it can."""
     if "position_ids" not in inspect.signature(arch.model.forward).parameters:
         return f"{type(arch.model).__name__} takes no position_ids"
+    for config in _configs(arch):
+        # Another kernel of the same function may be replaced; a function of the user's own may not.
+        name = config._attn_implementation_internal or "eager"
+        own = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
+        if name not in _KERNELS or not own.__module__.startswith("transformers."):
+            return f"the model's attention implementation {name!r} is not one of {', '.join(_KERNELS)}"
     for layer in range(arch.depth):
         module = arch.attn(layer)
         if _own_method(module):
@@ -64,6 +79,22 @@ def not_handed_over(arch: ResolvedArch) -> str | None:
         ):
             return f"{type(module).__name__} computes attention in line"
     return None
+
+
+def padded_because(arch: ResolvedArch, rows: Sequence[Encoded]) -> str | None:
+    """Why these rows cannot run as packed tokens, or ``None`` if they can."""
+    if any(row.lookup < 0 for row in rows):
+        return "a lookup token is counted from the end of the padded row"
+    return not_handed_over(arch)
+
+
+def _configs(arch: ResolvedArch) -> list[Any]:
+    found = {
+        id(c): c
+        for m in arch.model.modules()
+        if isinstance(c := getattr(m, "config", None), PretrainedConfig)
+    }
+    return list(found.values())
 
 
 def _own_method(module: nn.Module) -> bool:
@@ -107,15 +138,14 @@ def attending(arch: ResolvedArch, attend: Attend) -> Iterator[None]:
         return call
 
     own = [module for module in map(arch.attn, range(arch.depth)) if _own_method(module)]
-    owners: list[Any] = [module for module in arch.model.modules() if hasattr(module, "config")]
-    configs: dict[int, Any] = {id(owner.config): owner.config for owner in owners}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    configs = _configs(arch)
+    before = [config._attn_implementation_internal for config in configs]
     # A name per context, so that contexts on two models do not meet.
     name = f"fastedit_{id(layers):x}"
     ALL_ATTENTION_FUNCTIONS[name] = interface
     methods = [vars(module).get("_attn") for module in own]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation_internal = name
         for module in own:
             module._attn = method(module)  # type: ignore[assignment]
@@ -125,6 +155,6 @@ def attending(arch: ResolvedArch, attend: Attend) -> Iterator[None]:
             vars(module).pop("_attn", None)
             if outer is not None:
                 module._attn = outer
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config, outer_name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = outer_name
         del ALL_ATTENTION_FUNCTIONS[name]

@@ -40,13 +40,13 @@ class Placed:
     """Where one request's suffixes are. Tokens are counted from the request's first.
 
     Attributes:
-        branches: per suffix, the prefix tokens that it sees (numbers across trunk and own prefix) and its length. Its
-            first token is a lookup token.
+        branches: per suffix, the prefix tokens that it sees (numbers across trunk and own prefix), its length, and
+            which of its tokens is the lookup token.
         nll: token of every loss row, in order of row and target token.
         kl, kl_branch: token of the KL row, a lookup token, and the suffix whose prefix it sees.
     """
 
-    branches: tuple[tuple[tuple[int, ...], int], ...]
+    branches: tuple[tuple[tuple[int, ...], int, int], ...]
     nll: tuple[int, ...]
     kl: int
     kl_branch: int
@@ -54,44 +54,48 @@ class Placed:
     @property
     def tokens(self) -> int:
         """Number of suffix tokens."""
-        return sum(count for _, count in self.branches)
+        return sum(count for _, count, _ in self.branches)
 
     def renumbered(self, number: dict[int, int]) -> Placed:
         """The same with prefix tokens under other numbers; those not named keep theirs."""
-        branches = tuple((tuple(number.get(c, c) for c in columns), n) for columns, n in self.branches)
+        branches = tuple(
+            (tuple(number.get(c, c) for c in columns), count, shift)
+            for columns, count, shift in self.branches
+        )
         return replace(self, branches=branches)
 
 
 def place(problem: Problem, prefix: Forest) -> tuple[Placed, int, list[int], list[int]]:
-    """A request's branches, its first lookup token, and its suffix tokens' ids and positions."""
-    known: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, int]] = {}
-    branches: list[tuple[tuple[int, ...], int]] = []
+    """A request's branches, the lookup token of its first row, and its suffix tokens' ids and positions."""
+    known: list[tuple[tuple[int, ...], tuple[int, ...], int, int]] = []
+    branches: list[tuple[tuple[int, ...], int, int]] = []
     ids: list[int] = []
     places: list[int] = []
 
-    def tail(ids_: tuple[int, ...], lookup: int) -> tuple[int, int]:
+    def tail(row: tuple[int, ...], begin: int, lookup: int) -> tuple[int, int]:
         """(branch, first token) of a row's suffix, one that another row of this request already has if it can."""
-        path, own = prefix.insert(ids_[:lookup]), tuple(ids_[lookup:])
-        for (columns, suffix), found in known.items():
-            if columns == path and suffix[: len(own)] == own:
-                return found
-        found = (len(branches), len(ids))
-        known[path, own] = found
-        branches.append((path, len(own)))
+        path, own, shift = prefix.insert(row[:begin]), row[begin:], lookup - begin
+        for branch, (columns, suffix, at, first) in enumerate(known):
+            if (columns, at) == (path, shift) and suffix[: len(own)] == own:
+                return branch, first
+        known.append((path, own, shift, len(ids)))
+        branches.append((path, len(own), shift))
         ids.extend(own)
-        places.extend(range(lookup, lookup + len(own)))
-        return found
+        places.extend(range(begin, len(row)))
+        return len(branches) - 1, known[-1][3]
 
     nll: list[int] = []
-    first = None
+    lookups: list[int] = []
     for row in problem.rewriting:
-        _, token = tail(row.ids, row.lookup)
-        first = token if first is None else first
-        nll += [token + row.target_start - row.lookup + j for j in range(len(problem.target))]
+        # A lookup token behind the subject may be a target token: what predicts it comes before it.
+        begin = min(row.lookup, row.target_start)
+        _, token = tail(row.ids, begin, row.lookup)
+        lookups.append(token + row.lookup - begin)
+        nll += [token + row.target_start - begin + j for j in range(len(problem.target))]
     # Of the KL row only the lookup token is read, and what follows it cannot reach it.
     essence = problem.essence
-    branch, kl = tail(essence.ids[: essence.lookup + 1], essence.lookup)
-    return Placed(tuple(branches), tuple(nll), kl, branch), first or 0, ids, places
+    branch, kl = tail(essence.ids[: essence.lookup + 1], essence.lookup, essence.lookup)
+    return Placed(tuple(branches), tuple(nll), kl, branch), lookups[0], ids, places
 
 
 class Capture:
@@ -114,7 +118,7 @@ class Capture:
         for edit in edits:
             kl.append(tokens + edit.kl)
             above.append(Branch(P + len(kl) - 1, P + len(kl), edit.branches[edit.kl_branch][0]))
-            for columns, count in edit.branches:
+            for columns, count, _ in edit.branches:
                 below.append(Branch(tokens, tokens + count, columns))
                 tokens += count
         self._own: dict[int, tuple[Tensor, Tensor]] = {}

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from fastedit.arch import ResolvedArch
-from fastedit.engine.memory import automatic_tokens, suffix_tokens
+from fastedit.engine.memory import automatic_tokens, batch_sizes, suffix_tokens
 from fastedit.engine.objective import TargetObjective, TargetSpec
 from fastedit.engine.problem import Problem
 from fastedit.engine.replay import evaluating
+from fastedit.engine.suffix import shared_beginnings
 from fastedit.engine.sweep import BATCH_TOKENS, KEPT_BYTES
 from fastedit.session import Session
 
@@ -78,21 +79,22 @@ def estimate_locate(
     with evaluating(session.model):
         objective = TargetObjective(session.model, arch, [longest], spec, pad_id=session.pad_id)
         automatic, report = automatic_tokens(objective, arch)
-        stored = objective.stored_bytes
     limit = automatic if batch_tokens is None else batch_tokens
-    size = suffix_tokens(longest)
-    total = sum(map(suffix_tokens, problems)) if together else size
-    tokens = max(size, min(limit, total))
-    live = max(1, tokens // size)
+    forest = None if objective.padded is not None else shared_beginnings(problems)
+    sizes = batch_sizes(problems, forest)
+    total = sum(sizes) if together else max(sizes)
+    tokens = max(max(sizes), min(limit, total))
+    live = min(count, max(1, tokens // max(sizes)))
     item, head = _weight(arch, layers[0]).element_size(), _vocabulary(arch)
     width = max(arch.key_dim(layer) for layer in layers)
     rows = [row for problem in problems for row in problem.rewriting] if together else longest.rewriting
     ahead = sum(row.lookup % len(row.ids) + 1 for row in rows)
     per_batch = min(ahead, BATCH_TOKENS) * 3 * width * item
-    # The clean forward and the steps follow one another.
-    capture = (tokens + live * ahead // count) * 3 * width * item
-    # Beside them: frozen keys and values; clean logits, their logarithms, and a copy.
-    targets = max(report.step_bytes(tokens), capture) + live * (stored + 3 * 4 * head)
+    # The clean forward, over five tokens before the lookup for each that counts as one, and the steps follow one
+    # another.
+    capture = min(5 * tokens, tokens + ahead) * 3 * width * item
+    # Beside them: clean logits, their logarithms, and a copy.
+    targets = max(report.step_bytes(tokens), capture) + live * 3 * 4 * head
     sweep = ahead * 3 * arch.width * item + min(ahead * (width + arch.width) * item, KEPT_BYTES) + per_batch
     equations = 4 * count * width * _DOUBLE + 2 * count * count * _DOUBLE
     if count > 0.6 * width:

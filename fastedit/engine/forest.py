@@ -74,12 +74,26 @@ class Forest:
         return tuple(path)
 
     @classmethod
-    def common(cls, rows_of: Sequence[Sequence[Sequence[int]]], least: int = 2) -> Forest:
+    def common(
+        cls, rows_of: Sequence[Sequence[Sequence[int]]], *, least: int | None = None, most: int | None = None
+    ) -> Forest:
         """The beginnings that rows of at least ``least`` different owners have in common.
 
         Args:
             rows_of: per owner (a request), its rows.
+            least: ``None``: two, and one in 32 of very many owners. There any two may agree by chance, and what only
+                a few share is better left with them.
+            most: tokens that the result may have; it takes more owners to share one until they fit.
         """
+        least = max(2, len(rows_of) // 32) if least is None else least
+        while True:
+            found = cls._shared(rows_of, least)
+            if most is None or len(found) <= most or least > len(rows_of):
+                return found
+            least *= 2
+
+    @classmethod
+    def _shared(cls, rows_of: Sequence[Sequence[Sequence[int]]], least: int) -> Forest:
         whole = cls()
         owners: list[set[int]] = []
         for owner, rows in enumerate(rows_of):

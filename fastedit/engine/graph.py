@@ -19,7 +19,7 @@ _WARM = 2
 class GraphedObjective:
     """Evaluates an objective with its gradient; from the third time on by replaying a graph.
 
-    Results are overwritten by the next call. Needs a CUDA device; everything on the caller's current stream.
+    Results are overwritten by the next call. Needs a model that is whole on one CUDA device.
     """
 
     def __init__(self, objective: TargetObjective) -> None:
@@ -34,12 +34,13 @@ class GraphedObjective:
         if self._graph is None and self._runs < _WARM:
             self._runs += 1
             return self._objective(delta)
-        if self._graph is None:
-            self._delta = delta.clone()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._result = self._objective(self._delta)
-            self._graph = graph
-        self._delta.copy_(delta)
-        self._graph.replay()
+        with torch.cuda.device(delta.device):
+            if self._graph is None:
+                self._delta = delta.clone()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(delta.device)):
+                    self._result = self._objective(self._delta)
+                self._graph = graph
+            self._delta.copy_(delta)
+            self._graph.replay()
         return self._result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastedit.arch import position_limit
 from fastedit.config import LocateConfig
 from fastedit.engine.estimate import MemoryEstimate, estimate_locate
 from fastedit.engine.objective import Site, TargetSpec
@@ -45,8 +46,10 @@ def build_problems(
     session: Session, requests: Sequence[EditRequest], templates: Sequence[str], config: LocateConfig
 ) -> list[Problem]:
     """The requests' rows under every template."""
-    options = token_options(config)
-    return [build_problem(session.tokenizer, request, templates, options) for request in requests]
+    options, limit = token_options(config), position_limit(session.arch)
+    return [
+        build_problem(session.tokenizer, request, templates, options, positions=limit) for request in requests
+    ]
 
 
 def placeholder(length: int) -> str:

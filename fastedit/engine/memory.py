@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastedit.arch import ResolvedArch
+from fastedit.engine.forest import Forest
 from fastedit.engine.objective import TargetObjective
 from fastedit.engine.problem import Problem
 
@@ -26,6 +27,7 @@ __all__ = [
     "ENOUGH_CUDA",
     "MemoryReport",
     "automatic_tokens",
+    "batch_sizes",
     "free_memory",
     "out_of_memory",
     "release_memory",
@@ -69,7 +71,24 @@ class MemoryReport:
 
 def suffix_tokens(problem: Problem) -> int:
     """Tokens of a request from the lookup token on; of the KL row the lookup token only."""
-    return 1 + sum(len(row.ids) - row.lookup % len(row.ids) for row in problem.rewriting)
+    return 1 + sum(len(row.ids) - min(row.lookup, row.target_start) for row in problem.rewriting)
+
+
+def batch_sizes(problems: Sequence[Problem], trunk: Forest | None) -> list[int]:
+    """What each request counts in a batch: its suffix tokens, and a share of the tokens before them.
+
+    Tokens before the lookup token keep keys and values only, of the blocks above: about a fifth of what a suffix token
+    keeps for its backward. Those in the trunk belong to nobody. Padded rows (no ``trunk``) all count as the longest.
+    """
+    if trunk is None:
+        return [len(problem.rows) * max(map(len, problem.rows)) for problem in problems]
+    sizes = []
+    for problem in problems:
+        own = Forest(trunk)
+        for row in problem.rows:
+            own.insert(row.ids[: min(row.lookup, row.target_start)])
+        sizes.append(suffix_tokens(problem) + len(own) // 5)
+    return sizes
 
 
 def saved_bytes(arch: ResolvedArch, forward: Callable[[], object]) -> int:
@@ -84,7 +103,8 @@ def saved_bytes(arch: ResolvedArch, forward: Callable[[], object]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    # The caller's mode must not matter: without gradients nothing would be kept, and counted.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
     del result
     return sum(kept.values())
@@ -110,27 +130,45 @@ def automatic_tokens(objective: TargetObjective, arch: ResolvedArch) -> tuple[in
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        unused, _ = torch.cuda.mem_get_info(device)
         # What PyTorch's allocator has cached is free to us too.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free: int | None = None
     with suppress(OSError, KeyError, ValueError):
         rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines())
         free = 1024 * int(rows["MemAvailable"].split()[0])
-        with suppress(OSError, ValueError):
-            # A container's own limit; "max" (no limit) is no number.
-            group = Path("/sys/fs/cgroup")
-            limit = int((group / "memory.max").read_text())
-            free = min(free, limit - int((group / "memory.current").read_text()))
-        return free
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if free is None:
+        # Half of all memory where nobody says what is free, 1 GiB where nobody says even that.
+        known = getattr(os, "sysconf_names", {})
+        pages = (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in known else 1 << 31
+        )
+        free = pages // 2
+    return min([free, *_container_limits()])
+
+
+def _container_limits() -> list[int]:
+    """What a container may still take, by version 2 and 1 of control groups; page cache can be taken back."""
+    root = Path("/sys/fs/cgroup")
+    found = []
+    for folder, limit, used, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, KeyError, ValueError):  # "max" (no limit) is no number
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(stat[cache])
+            found.append(int((folder / limit).read_text()) - taken)
+    return found
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on whatever device."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        # The CPU allocator raises a plain RuntimeError.
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU allocator and the CUDA libraries raise plain RuntimeErrors.
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def release_memory(arch: ResolvedArch) -> None:

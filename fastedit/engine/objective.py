@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch
-from fastedit.engine.attention import not_handed_over
+from fastedit.engine.attention import padded_because
 from fastedit.engine.capture import Injection
 from fastedit.engine.forest import Forest
 from fastedit.engine.packed import Trunk
@@ -31,7 +31,7 @@ from fastedit.engine.problem import Problem
 from fastedit.engine.suffix import PackedSuffix
 from fastedit.ops.target_loss import target_loss
 
-__all__ = ["Loss", "TargetObjective", "TargetSpec", "padded_because"]
+__all__ = ["Loss", "TargetObjective", "TargetSpec"]
 
 Site = Literal["mlp", "block"]
 
@@ -95,13 +95,13 @@ class TargetObjective:
         self._problems: list[Problem] = []
         injection = Injection(
             layer=spec.layer,
-            # A post-norm block normalises the MLP's output before the residual sum, so a vector added to the MLP
-            # must pass through the block itself; elsewhere adding to the block's output is the same sum.
-            inside=spec.site == "mlp" and arch.row.post_norm,
+            # Where a norm follows the MLP, before or after the residual sum, a vector added to the MLP must pass
+            # through the block itself; elsewhere adding to the block's output is the same sum.
+            inside=spec.site == "mlp" and arch.row.normed_output,
             site=spec.site,
             loss_layer=arch.depth - 1 if spec.v_loss_layer is None else spec.v_loss_layer,
         )
-        self.padded = padded_because(arch, problems)
+        self.padded = padded_because(arch, [row for problem in problems for row in problem.rows])
         self._rows: PackedSuffix | PaddedRows
         if self.padded is None:
             self._rows = PackedSuffix(arch, trunk or Trunk(arch, Forest()), injection)
@@ -119,11 +119,6 @@ class TargetObjective:
     def tokens(self) -> int:
         """Tokens that every evaluation computes above the injection."""
         return self._rows.tokens
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes that stay between evaluations: frozen keys and values, inputs of the first block that runs."""
-        return self._rows.stored_bytes
 
     @property
     def checkpointed(self) -> bool:
@@ -251,10 +246,3 @@ class TargetObjective:
         )
         kl_term = spec.kl_factor * kl
         return Loss(nll_edit + kl_term + decay, nll_edit, kl_term, decay, probability)
-
-
-def padded_because(arch: ResolvedArch, problems: Sequence[Problem]) -> str | None:
-    """Why the rows of these problems cannot run as packed suffixes, or ``None`` if they can."""
-    if any(row.lookup < 0 for problem in problems for row in problem.rows):
-        return "a lookup token is counted from the end of the padded row"
-    return not_handed_over(arch)

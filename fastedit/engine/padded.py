@@ -177,18 +177,20 @@ class _Place:
         return hidden_name, out
 
     def _attention_mask(self, captured: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask; what the captured one hides (padding, a sliding window) stays hidden."""
-        allowed = self.allowed
-        if captured is not None:
-            seen = (
-                captured if captured.dtype == torch.bool else captured > torch.finfo(captured.dtype).min / 2
+        """Additive mask; what the captured one hides (padding, a sliding window) or adds (ALiBi) it keeps."""
+        hidden, lowest = ~self.allowed[:, None], torch.finfo(dtype).min
+        if captured is None:
+            return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, lowest)
+        # One mask for all rows or one a row, one for all heads or one a head.
+        rows = captured.expand(len(self.rows), -1, -1, -1).transpose(1, 2)  # [B, S, H, S]
+        rows = rows[self.rows, self.where].transpose(1, 2)  # [B, H, S', S]
+        columns = self.columns[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
+        seen = rows.gather(3, columns)  # [B, H, S', P + S']
+        if seen.dtype == torch.bool:
+            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+                hidden | ~seen, lowest
             )
-            seen = seen[:, 0].expand(len(self.rows), -1, -1)
-            seen = seen[self.rows, self.where]  # [B, S', S]
-            allowed = allowed & seen.gather(2, self.columns[:, None].expand(-1, allowed.shape[1], -1))
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-            ~allowed, torch.finfo(dtype).min
-        )[:, None]
+        return seen.to(dtype).masked_fill(hidden | (seen <= torch.finfo(seen.dtype).min / 2), lowest)
 
     def _alibi(self, captured: Tensor) -> Tensor:
         """Slope times position of every attended key: ``[B * heads, 1, S]`` becomes ``[B * heads, 1, P + S']``."""

@@ -7,7 +7,7 @@ When requests leave or join, the rest is captured again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastedit.engine.fused import fused_activations
 from fastedit.engine.padded import SuffixReplay, whole_rows_because
 from fastedit.engine.precision import stream_dtype, wide_residual
 from fastedit.engine.problem import Problem
+from fastedit.engine.recompute import recomputed
 from fastedit.engine.replay import Replay
 from fastedit.tokens import pad_right
 
@@ -47,12 +48,6 @@ class PaddedRows:
         """Tokens that every run computes, padding included."""
         return int(self._replay.mask.numel())
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the captured hidden states, and about as many of keys and values in every block above."""
-        blocks = self._arch.depth - self._at.layer
-        return (2 + 2 * blocks) * self._replay.hidden.nbytes
-
     def extend(self, problems: Sequence[Problem]) -> None:
         """Capture more requests."""
         self._capture([*self._problems, *problems])
@@ -70,8 +65,11 @@ class PaddedRows:
         # Of the KL row only the lookup token is read, and what follows it cannot reach it.
         cut = [row.ids if row.target or self.whole_rows else row.ids[: row.lookup + 1] for row in rows]
         ids, mask = pad_right(cut, self._pad_id)
-        # A negative lookup counts from the end of the padded row, as one published index rule does.
-        lookup = [row.lookup % ids.shape[1] for row in rows]
+        # A negative lookup counts from the end of the row padded with its request's others, as one published rule does.
+        widths = [max(map(len, problem.rows)) for problem in problems for _ in problem.rows]
+        lookup = [row.lookup % width for row, width in zip(rows, widths, strict=True)]
+        # A lookup token behind the subject may be a target token: what predicts it comes before it.
+        begin = [min(at, row.target_start) for row, at in zip(rows, lookup, strict=True)]
         first = [0]
         for problem in problems[:-1]:
             first.append(first[-1] + len(problem.rows))
@@ -88,21 +86,20 @@ class PaddedRows:
         self._nothing_above = start >= arch.depth
         handle = module.register_forward_hook(keep)
         try:
-            begin = min(start, arch.depth - 1)
+            lowest = min(start, arch.depth - 1)
             self._replay: Replay | SuffixReplay
             if self.whole_rows is None:
-                self._replay = SuffixReplay(self._model, arch, ids, mask, start=begin, lookup=lookup)
+                self._replay = SuffixReplay(self._model, arch, ids, mask, start=lowest, lookup=begin)
             else:
-                self._replay = Replay.capture(self._model, arch, ids, mask, start=begin)
+                self._replay = Replay.capture(self._model, arch, ids, mask, start=lowest)
         finally:
             handle.remove()
         self.init = found[0].to(stream_dtype(found[0].dtype))
-        self._index(rows, lookup)
+        self._index(rows, lookup, [0] * len(rows) if self.whole_rows is not None else begin)
 
-    def _index(self, rows: Sequence[Any], lookup: list[int]) -> None:
+    def _index(self, rows: Sequence[Any], lookup: list[int], origin: list[int]) -> None:
+        """Where vectors enter and what is read; a row's positions count from its origin."""
         device = self._replay.hidden.device
-        # Where a row's first position is its lookup token, positions count from there.
-        origin = [0] * len(rows) if self.whole_rows is not None else lookup
         local = [at - zero for at, zero in zip(lookup, origin, strict=True)]
         nll: tuple[list[int], list[int]] = ([], [])
         kl: tuple[list[int], list[int]] = ([], [])
@@ -135,11 +132,19 @@ class PaddedRows:
             hidden = base.index_put((self._row, self._lookup), shift, accumulate=True)
         done, source = at.layer + 1, None
         if at.loss_layer + 1 < depth:
-            hidden = source = replay.run(hidden, start=done, stop=at.loss_layer + 1)
+            hidden = source = self._blocks(hidden, done, at.loss_layer + 1)
             done = at.loss_layer + 1
-        hidden = replay.run(hidden, start=done, stop=depth)
+        hidden = self._blocks(hidden, done, depth)
         source = hidden if source is None else source
         return source[self._nll[0], self._nll[1]], hidden[self._kl[0], self._kl[1]]
+
+    def _blocks(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        for layer in range(start, stop):
+            hidden = recomputed(self._block(layer), hidden, self.checkpointed)
+        return hidden
+
+    def _block(self, layer: int) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: self._replay.run(hidden, start=layer, stop=layer + 1)
 
     def _block_with(self, base: Tensor, shift: Tensor) -> Tensor:
         def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:

@@ -23,6 +23,13 @@ def _cut(row: Encoded) -> list[int]:
     return list(row.ids if row.lookup < 0 else row.ids[: row.lookup + 1])
 
 
+def _padded(rows: list[list[int]], pad_id: int, width: int) -> tuple[Tensor, Tensor]:
+    """ids and mask, right-padded to at least ``width``."""
+    ids, mask = pad_right(rows, pad_id)
+    more = max(0, width - ids.shape[1])
+    return nn.functional.pad(ids, (0, more), value=pad_id), nn.functional.pad(mask, (0, more))
+
+
 def _at_lookup(hidden: Tensor, lookup: Tensor) -> Tensor:
     return hidden[torch.arange(len(lookup), device=hidden.device), lookup]
 
@@ -50,15 +57,16 @@ class _Chunk:
         start: int,
         stop: int,
         pad_id: int,
+        widths: tuple[int, int],
     ):
         self.requests = len(requests)
         rows = [row for request in requests for row in request]
         bare = [request[0] for request in requests]
         self.templates = Replay.capture(
-            model, arch, *pad_right([_cut(r) for r in rows], pad_id), start=start, stop=stop
+            model, arch, *_padded([_cut(r) for r in rows], pad_id, widths[0]), start=start, stop=stop
         )
         self.bare = Replay.capture(
-            model, arch, *pad_right([_cut(r) for r in bare], pad_id), start=start, stop=stop
+            model, arch, *_padded([_cut(r) for r in bare], pad_id, widths[1]), start=start, stop=stop
         )
         device = self.templates.hidden.device
         width, bare_width = self.templates.hidden.shape[1], self.bare.hidden.shape[1]
@@ -92,15 +100,19 @@ class PaddedSweep:
         z_layer: int,
         *,
         pad_id: int = 0,
-        batch_tokens: int = 16384,
+        batch_tokens: int,
     ):
         self._arch = arch
         self._weights = torch.tensor(list(weights), dtype=torch.float64)
         self._at = min(layers)
         longest = max(len(_cut(row)) for request in rows for row in request)
+        widths = (0, 0)
+        if any(row.lookup < 0 for request in rows for row in request):
+            # An index from the end of the padded rows must not depend on how they are cut into chunks.
+            widths = (longest, max(len(_cut(request[0])) for request in rows))
         size = max(1, batch_tokens // (longest * len(self._weights)))
         self._chunks = [
-            _Chunk(model, arch, rows[i : i + size], self._at, z_layer + 1, pad_id)
+            _Chunk(model, arch, rows[i : i + size], self._at, z_layer + 1, pad_id, widths)
             for i in range(0, len(rows), size)
         ]
 

@@ -58,10 +58,12 @@ def build_problem(
     options: TokenOptions,
     *,
     essence: str = "{} is a",
+    positions: int | None = None,
 ) -> Problem:
     """Encode one request for the target optimisation (Meng et al. 2022, arXiv:2202.05262, eq. 4).
 
-    Raises ValueError, naming the request and the field, where the tokenizer makes nothing of it.
+    Raises ValueError, naming the request and the field, where the tokenizer makes nothing of it or a row has more
+    than ``positions`` tokens (``arch.position_limit``; None checks nothing).
     """
     with _naming(request, "target_new"):
         target = tuple(target_ids(tokenizer, request.target_new, rule=options.rule))
@@ -79,17 +81,24 @@ def build_problem(
             )
             for template in templates
         )
+        _check_length(rewriting, positions, "its target and context")
     with _naming(request, "subject"):
         kl_row = encode_edit(tokenizer, essence, request.subject, lookup=options.lookup, rule=options.rule)
+        _check_length((kl_row,), positions, f"{essence!r} around it")
     return Problem(request.id, rewriting, kl_row, target)
 
 
 def key_rows(
-    tokenizer: PreTrainedTokenizerBase, request: EditRequest, templates: Sequence[str], options: TokenOptions
+    tokenizer: PreTrainedTokenizerBase,
+    request: EditRequest,
+    templates: Sequence[str],
+    options: TokenOptions,
+    *,
+    positions: int | None = None,
 ) -> list[Encoded]:
-    """Encode one request's prompts without target: the rows whose keys are averaged."""
+    """Encode one request's prompts without target: the rows whose keys are averaged. Raises as ``build_problem``."""
     with _naming(request, "prompt"):
-        return [
+        rows = [
             encode_edit(
                 tokenizer,
                 request.prompt,
@@ -100,6 +109,14 @@ def key_rows(
             )
             for template in templates
         ]
+        _check_length(rows, positions, "its context")
+    return rows
+
+
+def _check_length(rows: Sequence[Encoded], positions: int | None, around: str) -> None:
+    longest = max(map(len, rows), default=0)
+    if positions is not None and longest > positions:
+        raise ValueError(f"{longest} tokens with {around}, the model has {positions} positions")
 
 
 @contextmanager

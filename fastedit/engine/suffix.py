@@ -16,12 +16,11 @@ The same products in another order, so fp32 results agree to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastedit.arch import ResolvedArch
 from fastedit.engine.attention import attending
@@ -31,15 +30,23 @@ from fastedit.engine.fused import fused_activations
 from fastedit.engine.packed import BlockRunner, Call, Plan, Trunk, at_tokens, joined
 from fastedit.engine.precision import stream_dtype, wide_residual
 from fastedit.engine.problem import Problem
+from fastedit.engine.recompute import recomputed
 
-__all__ = ["PackedSuffix", "trunk_of"]
+__all__ = ["PackedSuffix", "shared_beginnings", "trunk_of"]
+
+
+_MOST = 1024  # tokens of a trunk: its keys and values stay for the whole optimisation
+
+
+def shared_beginnings(problems: Sequence[Problem]) -> Forest:
+    """The beginnings, up to the lookup token, that rows of several requests have in common."""
+    rows = [[row.ids[: min(row.lookup, row.target_start)] for row in p.rows] for p in problems]
+    return Forest.common(rows, most=_MOST)
 
 
 def trunk_of(arch: ResolvedArch, problems: Sequence[Problem]) -> Trunk:
-    """The beginnings, up to the lookup token, that rows of several requests have in common."""
-    rows = [[row.ids[: row.lookup] for row in problem.rows] for problem in problems]
-    # In thousands of requests any two may agree by chance; what only a few share stays with them.
-    return Trunk(arch, Forest.common(rows, least=max(2, len(problems) // 32)))
+    """The requests' shared beginnings, run."""
+    return Trunk(arch, shared_beginnings(problems))
 
 
 class PackedSuffix:
@@ -68,11 +75,6 @@ class PackedSuffix:
     def tokens(self) -> int:
         """Tokens that every run computes."""
         return sum(edit.tokens for edit in self._edits)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the stores and of the tokens' hidden states."""
-        return sum(t.nbytes for store in self._stores.values() for t in store) + self._hidden.nbytes
 
     def extend(self, problems: Sequence[Problem]) -> None:
         """Capture more requests: one clean forward over their tokens."""
@@ -120,7 +122,7 @@ class PackedSuffix:
         tokens = [t for i in positions for t in range(starts[i], starts[i + 1])]
         kept = [self._edits[i] for i in positions]
         trunk = len(self._trunk.forest)
-        used = sorted({c for edit in kept for columns, _ in edit.branches for c in columns if c >= trunk})
+        used = sorted({c for edit in kept for columns, *_ in edit.branches for c in columns if c >= trunk})
         number = {old: trunk + new for new, old in enumerate(used)}
         self._edits = [edit.renumbered(number) for edit in kept]
         before = len(self._hidden)
@@ -141,17 +143,18 @@ class PackedSuffix:
     def _arrange(self) -> None:
         """Index tensors of the present requests."""
         device = self._hidden.device
-        branches, owner, nll, kl, kl_columns = [], [], [], [], []
+        branches, lookup, owner, nll, kl, kl_columns = [], [], [], [], [], []
         start = 0
         for index, edit in enumerate(self._edits):
             nll += [start + token for token in edit.nll]
             kl.append(start + edit.kl)
             kl_columns.append(edit.branches[edit.kl_branch][0])
-            for columns, count in edit.branches:
+            for columns, count, shift in edit.branches:
                 branches.append(Branch(start, start + count, columns))
+                lookup.append(start + shift)
                 owner.append(index)
                 start += count
-        self._lookup = torch.tensor([branch.start for branch in branches], device=device)
+        self._lookup = torch.tensor(lookup, device=device)
         self._owner = torch.tensor(owner, device=device)
         self._plan = Plan.of(branches, device)
         early = self._at.loss_layer + 1 < self._arch.depth
@@ -177,24 +180,23 @@ class PackedSuffix:
         backward, inside `running`.
         """
         at, depth = self._at, self._arch.depth
-        shift = delta[self._owner].to(self._hidden.dtype)
+        shift = delta.to(self._hidden)[self._owner]
         if at.inside:
             hidden = self._block_with(shift)
-            done = at.layer + 1
         else:
             hidden = self._hidden.index_put((self._lookup,), shift, accumulate=True)[None]
-            done = at.layer + 1
+        done = at.layer + 1
         early = at.loss_layer + 1 < depth
         for layer in range(done, at.loss_layer + 1 if early else depth - 1):
             hidden = self._block(layer, hidden, self._calls, self._plan)
         if early:
-            nll_rows = hidden[0, self._wanted]
-            hidden = hidden[:, self._kl_tokens]
+            nll_rows = hidden[0, self._wanted.to(hidden.device)]
+            hidden = hidden[:, self._kl_tokens.to(hidden.device)]
             for layer in range(at.loss_layer + 1, depth):
                 hidden = self._block(layer, hidden, self._kl_calls, self._last)
-            return nll_rows[self._nll], hidden[0]
+            return nll_rows[self._nll.to(nll_rows.device)], hidden[0]
         wanted = hidden[:, self._wanted] if done >= depth else self._last_block(hidden)
-        return wanted[0, self._nll], wanted[0, self._kl]
+        return wanted[0, self._nll.to(wanted.device)], wanted[0, self._kl.to(wanted.device)]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -208,21 +210,18 @@ class PackedSuffix:
 
     def _block(self, layer: int, hidden: Tensor, calls: list[Call], plan: Plan) -> Tensor:
         call = calls[layer - self._start]
-        return self._perhaps_again(lambda h: self._runner.block(layer, h, call, plan, self._store), hidden)
+        return recomputed(
+            lambda h: self._runner.block(layer, h, call, plan, self._store), hidden, self.checkpointed
+        )
 
     def _last_block(self, hidden: Tensor) -> Tensor:
         layer = self._arch.depth - 1
         call, plan, wanted = self._calls[layer - self._start], self._last, self._wanted
-        return self._perhaps_again(
-            lambda h: self._runner.block_at(layer, h, call, plan, self._store, wanted), hidden
+        return recomputed(
+            lambda h: self._runner.block_at(layer, h, call, plan, self._store, wanted),
+            hidden,
+            self.checkpointed,
         )
-
-    def _perhaps_again(self, block: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """Run a block, in the backward once more if what it saves for it should not be kept."""
-        if self.checkpointed and hidden.requires_grad:
-            output: Tensor = checkpoint(block, hidden, use_reentrant=False)
-            return output
-        return block(hidden)
 
     def _store(self, layer: int, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor]:
         return self._stores[layer]

@@ -13,17 +13,19 @@ Models whose attention cannot be handed over run padded rows instead (`PaddedSwe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch
-from fastedit.engine.attention import attending, not_handed_over
+from fastedit.engine.attention import attending, padded_because
 from fastedit.engine.forest import Forest
 from fastedit.engine.fused import fused_activations
+from fastedit.engine.memory import out_of_memory, release_memory
 from fastedit.engine.packed import (
     BlockRunner,
     Call,
@@ -44,6 +46,9 @@ __all__ = ["BATCH_TOKENS", "KEPT_BYTES", "LayerSweep", "keys_at"]
 # Keys of all tokens that a paused layer keeps for its second product; beyond that the layer is run again instead.
 KEPT_BYTES = 1 << 29
 BATCH_TOKENS = 2048
+
+
+T = TypeVar("T")
 
 
 class _Tokens:
@@ -140,28 +145,58 @@ class LayerSweep:
         *,
         pad_id: int = 0,
         batch_tokens: int | None = None,
-    ):
-        batch_tokens = BATCH_TOKENS if batch_tokens is None else batch_tokens
-        self.padded = _padded_because(arch, [row for request in rows for row in request])
-        self._sweep: PaddedSweep | _PackedSweep
-        if self.padded is None:
-            self._sweep = _PackedSweep(arch, rows, weights, layers, z_layer, batch_tokens)
-        else:
-            self._sweep = PaddedSweep(
-                model, arch, rows, weights, layers, z_layer, pad_id=pad_id, batch_tokens=batch_tokens
+    ) -> None:
+        self._arch = arch
+        every = [row for request in rows for row in request]
+        self.padded = padded_because(arch, every)
+        self._first = min(layers)
+        self._batch_tokens = BATCH_TOKENS if batch_tokens is None else batch_tokens
+        self._least = max(map(len, every))
+
+        def build(tokens: int) -> PaddedSweep | _PackedSweep:
+            if self.padded is None:
+                return _PackedSweep(arch, rows, weights, layers, z_layer, tokens)
+            return PaddedSweep(
+                model, arch, rows, weights, layers, z_layer, pad_id=pad_id, batch_tokens=tokens
+            )
+
+        self._build = build
+        self._sweep: PaddedSweep | _PackedSweep | None = None
+        self._at = self._first
+
+    def _try(self, call: Callable[[PaddedSweep | _PackedSweep], T]) -> T:
+        """Run a call; when memory runs out, from the start once more with half the tokens at a time."""
+        while True:
+            try:
+                if self._sweep is None:
+                    self._sweep = self._build(self._batch_tokens)
+                    # The weights below this layer are final: they give the states that were there before.
+                    self._sweep.advance_to(self._at)
+                return call(self._sweep)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or self._batch_tokens <= self._least:
+                    raise
+                message = str(error).splitlines()[0]
+            self._sweep = None
+            release_memory(self._arch)
+            self._batch_tokens = max(self._least, self._batch_tokens // 2)
+            warnings.warn(
+                f"out of memory in the sweep ({message}): going on with {self._batch_tokens} tokens in a batch",
+                stacklevel=3,
             )
 
     def advance_to(self, layer: int) -> None:
         """Run the blocks up to (not including) ``layer`` with the model's present weights."""
-        self._sweep.advance_to(layer)
+        self._try(lambda sweep: sweep.advance_to(layer))
+        self._at = layer
 
     def keys(self, layer: int) -> Tensor:
         """``[n, f]`` weighted mean over templates of the input of ``layer``'s edited matrix, in fp64."""
-        return self._sweep.keys(layer)
+        return self._try(lambda sweep: sweep.keys(layer))
 
     def activations(self, z_layer: int) -> Tensor:
         """``[n, d]`` output of block ``z_layer`` at the lookup token of the bare prompt, in fp64."""
-        return self._sweep.activations(z_layer)
+        return self._try(lambda sweep: sweep.activations(z_layer))
 
 
 class _PackedSweep:
@@ -181,7 +216,7 @@ class _PackedSweep:
         self._first = self._at = min(layers)
         self._stop = z_layer + 1
         cut = [[row.ids[: row.lookup + 1] for row in request] for request in rows]
-        self._trunk = Trunk(arch, Forest.common(cut), stop=self._first)
+        self._trunk = Trunk(arch, Forest.common(cut, most=batch_tokens), stop=self._first)
         self._parts = [_Part(arch, rows[a:b], self._trunk) for a, b in _spans(cut, batch_tokens)]
         make: Callable[[Forest, Trunk], _Tokens] = lambda forest, trunk: _Tokens(  # noqa: E731
             arch, forest, trunk, self._first, self._stop
@@ -194,7 +229,7 @@ class _PackedSweep:
         size = weight.element_size() * max(arch.key_dim(layer) for layer in layers)
         # A norm behind the last matrix makes the block's output more than a sum with its product, and in half
         # precision that sum would be rounded twice.
-        exact = weight.dtype in (torch.float32, torch.float64) and not arch.row.post_norm
+        exact = weight.dtype in (torch.float32, torch.float64) and not arch.row.normed_output
         self._correct = exact and count * size <= KEPT_BYTES
 
     def _all(self) -> list[_Tokens]:
@@ -277,7 +312,7 @@ class _PackedSweep:
         both = (self._shared, own)
         hidden = _gather([None if tokens is None else tokens.output for tokens in both], part.bare)[None]
         if self._at == z_layer:
-            return hidden[0, part.ends][part.end_of].double()
+            return hidden[0, part.ends.to(hidden.device)][part.end_of.to(hidden.device)].double()
         runner = self._runner
         with torch.no_grad(), attending(self._arch, runner.attend), fused_activations(self._arch):
             for layer in range(self._at + 1, z_layer + 1):
@@ -286,7 +321,7 @@ class _PackedSweep:
                     hidden = runner.block(layer, hidden, call, part.bare_plan, _itself)
                 else:
                     hidden = runner.block_at(layer, hidden, call, part.ends_plan, _itself, part.ends)
-        return hidden[0, part.end_of].double()
+        return hidden[0, part.end_of.to(hidden.device)].double()
 
 
 def _gather(parts: Sequence[Tensor | None], numbers: Tensor) -> Tensor:
@@ -324,7 +359,7 @@ def keys_at(
     model: nn.Module, arch: ResolvedArch, layer: int, rows: Sequence[Encoded], *, pad_id: int = 0
 ) -> Tensor:
     """``[len(rows), f]`` inputs of the edited matrix of ``layer`` at the lookup token of each row."""
-    if _padded_because(arch, rows) is not None:
+    if padded_because(arch, rows) is not None:
         return padded_keys_at(model, arch, layer, rows, pad_id=pad_id)
     forest = Forest()
     lookup = [forest.insert(row.ids[: row.lookup + 1])[-1] for row in rows]
@@ -346,9 +381,3 @@ def keys_at(
     finally:
         handle.remove()
     return found[0][[wanted.index(number) for number in lookup]]
-
-
-def _padded_because(arch: ResolvedArch, rows: Sequence[Encoded]) -> str | None:
-    if any(row.lookup < 0 for row in rows):
-        return "a lookup token is counted from the end of the padded row"
-    return not_handed_over(arch)

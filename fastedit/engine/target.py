@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch
+from fastedit.engine.attention import padded_because
 from fastedit.engine.graph import GraphedObjective
 from fastedit.engine.memory import (
     MemoryReport,
     automatic_tokens,
+    batch_sizes,
     out_of_memory,
     release_memory,
-    suffix_tokens,
+    saved_bytes,
 )
-from fastedit.engine.objective import Loss, TargetObjective, TargetSpec, padded_because
+from fastedit.engine.objective import Loss, TargetObjective, TargetSpec
 from fastedit.engine.packed import Trunk
 from fastedit.engine.problem import Problem
 from fastedit.engine.suffix import trunk_of
@@ -119,14 +121,13 @@ class _Run:
         self._graphed: GraphedObjective | None = None
         self._model, self._arch, self._spec, self._pad_id = model, arch, spec, pad_id
         self._problems = problems
-        self._sizes = [suffix_tokens(problem) for problem in problems]
         self._queue = deque(range(len(problems)))
         self._live: list[int] = []
         self._objective: TargetObjective | None = None
         self._checkpointed = False
+        self._packed = padded_because(arch, [row for problem in problems for row in problem.rows]) is None
         self._trunk: Trunk | None = None
-        if padded_because(arch, problems) is None:
-            self._trunk = trunk_of(arch, problems)
+        self._sizes: list[int] = []
         self.losses: list[list[LossRow]] = [[] for _ in problems]
         self.memory = MemoryReport()
         self._capacity = batch_tokens
@@ -154,8 +155,14 @@ class _Run:
     def _refill(self) -> None:
         if not self._queue:
             return
+        if not self._sizes:
+            if self._packed:
+                self._trunk = trunk_of(self._arch, self._problems)
+            forest = None if self._trunk is None else self._trunk.forest
+            self._sizes = batch_sizes(self._problems, forest)
         if self._capacity is None:
             self._capacity = self._choose()
+        self.memory.limit_tokens = self._capacity
         used = sum(self._sizes[i] for i in self._live)
         room = self._capacity - used
         if self._live and room < _REFILL * self._capacity:
@@ -202,6 +209,7 @@ class _Run:
             self._exp_avg, self._exp_avg_sq = init.new_zeros(E, d), init.new_zeros(E, d)
             self._step = torch.zeros(E, dtype=torch.int64, device=init.device)
         self.init[self._index(joining)] = init[-len(joining) :]
+        self._at = self._index(self._live)
         self.memory.batch_tokens = max(self.memory.batch_tokens, self._objective.tokens)
 
     def _index(self, requests: Sequence[int]) -> Tensor:
@@ -213,12 +221,26 @@ class _Run:
     def _evaluate(self) -> tuple[Loss, Tensor | None]:
         assert self._objective is not None  # noqa: S101 - for the type checker
         needed = not all(self._is_last(request) for request in self._live)
-        delta = self.delta[self._index(self._live)]
+        delta = self.delta[self._at]
+        if needed and not self.memory.bytes_per_token:
+            return self._measured(delta)
         if not (self._cuda_graphs and needed):
             return self._objective(delta, grad=needed)
         if self._graphed is None:
             self._graphed = GraphedObjective(self._objective)
         return self._graphed(delta)
+
+    def _is_done(self, request: int) -> bool:
+        return len(self.losses[request]) == self._spec.v_num_grad_steps
+
+    def _measured(self, delta: Tensor) -> tuple[Loss, Tensor | None]:
+        """An evaluation that counts what it keeps for its backward, for the report."""
+        assert self._objective is not None  # noqa: S101 - for the type checker
+        objective, found = self._objective, list[tuple[Loss, Tensor | None]]()
+        kept = saved_bytes(self._arch, lambda: found.append(objective(delta)))
+        self.memory.bytes_per_token = max(1, kept // objective.tokens)
+        self.memory.predicted_bytes = self.memory.step_bytes(self.memory.limit_tokens or objective.tokens)
+        return found[0]
 
     def _advance(self, loss: Loss, gradient: Tensor | None) -> int:
         """Record the losses, step those that go on and let the others go."""
@@ -235,7 +257,7 @@ class _Run:
             self.losses[request].append(tuple(values))
             alive.append(values[0] >= self._spec.stop_loss and not last)
         if gradient is not None and any(alive):
-            self._adam(gradient, alive)
+            self._adam(gradient, loss, alive)
         going = [position for position, is_alive in enumerate(alive) if is_alive]
         finished = len(alive) - len(going)
         if finished:
@@ -244,11 +266,16 @@ class _Run:
             self._live, self._objective = [], None
         elif finished:
             self._live = [self._live[position] for position in going]
+            self._at = self._index(self._live)
             self._objective.keep(going)
         return finished
 
-    def _adam(self, gradient: Tensor, alive: list[bool]) -> None:
-        at, spec = self._index(self._live), self._spec
+    def _adam(self, gradient: Tensor, loss: Loss, alive: list[bool]) -> None:
+        at, spec = self._at, self._spec
+        # On the device, without a copy from the host, unless some are at their last iteration.
+        active = loss.total >= spec.stop_loss
+        if any(map(self._is_done, self._live)):
+            active = torch.tensor(alive, device=at.device)
         state = [tensor[at] for tensor in (self.delta, self._exp_avg, self._exp_avg_sq, self._step)]
         delta_step_(
             state[0],
@@ -257,7 +284,7 @@ class _Run:
             state[2],
             state[3],
             self.init[at].norm(dim=1),
-            torch.tensor(alive, device=at.device),
+            active,
             lr=spec.v_lr,
             weight_decay=spec.v_weight_decay,
             clamp=spec.clamp_norm_factor,
@@ -270,7 +297,7 @@ class _Run:
 
     def _shrink(self, message: str) -> None:
         """Half the batch; with one request left, recompute blocks in the backward instead."""
-        tokens = sum(self._sizes[i] for i in self._live)
+        tokens = sum(self._sizes[i] for i in self._live) if self._sizes else 0
         if len(self._live) > 1:
             self._capacity = max(1, tokens // 2)
             what = f"going on with {self._capacity}"

@@ -19,11 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastedit.atomic_file import atomic_path
+from fastedit.atomic_file import atomic_path, can_write
 from fastedit.delta import fingerprint
 from fastedit.request import EditRequest
 
-__all__ = ["TargetCache"]
+__all__ = ["TargetCache", "check_folder"]
+
+
+def check_folder(template: str, *, layer: int, clamp: float) -> None:
+    """Raise ValueError unless the folder of a cache's files is there, or can be made in one that is; makes nothing."""
+    folder = Path(template.format(layer, clamp, "0")).absolute().parent
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir() or not can_write(above):
+        what = "can be written to" if above.is_dir() else "is one, not a file"
+        raise ValueError(f"cache_template must lie in a folder that {what}, got {template!r} ({above})")
 
 
 class TargetCache:
@@ -36,11 +45,15 @@ class TargetCache:
         clamp: clamp factor, part of the name.
         settings: JSON-able hyper-parameters and templates that the targets depend on.
         model: its weights enter the full key, so an edited model has a cache of its own.
+
+    Raises:
+        ValueError: the folder is not there and cannot be made.
     """
 
     def __init__(
         self, template: str, key: str, *, layer: int, clamp: float, settings: dict[str, Any], model: nn.Module
     ) -> None:
+        check_folder(template, layer=layer, clamp=clamp)
         self._template = template
         self._name = (layer, clamp)
         self._digest = ""

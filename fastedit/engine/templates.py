@@ -41,7 +41,8 @@ def sample_texts(
             ids = list(row)
             while len(ids) < length:
                 row_ids = torch.tensor([ids], device=device)
-                output = model(input_ids=row_ids, attention_mask=torch.ones_like(row_ids), use_cache=False)
+                mask = torch.ones_like(row_ids)
+                output = model(input_ids=row_ids, attention_mask=mask, use_cache=False, return_dict=True)
                 logits = output.logits[0, -1].float().cpu()
                 top = torch.topk(logits, min(top_k, logits.numel()))
                 choice = torch.multinomial(torch.softmax(top.values, -1), 1, generator=generator)

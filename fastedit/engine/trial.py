@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -43,6 +43,12 @@ class Trial:
 
     def __enter__(self) -> Trial:
         self._started = time.perf_counter()
+        self._modes = ExitStack()
+        # Inference tensors cannot be differentiated: the caller's mode must not reach the solve.
+        self._modes.enter_context(torch.inference_mode(False))
+        if any(getattr(module, "_compiled_call_impl", None) for module in self.session.model.modules()):
+            # Compiled blocks do not call the hooks that the engines read them by.
+            self._modes.enter_context(torch.compiler.set_stance("force_eager"))
         self._evaluating.__enter__()
         return self
 
@@ -54,6 +60,7 @@ class Trial:
                 self._weight(layer).copy_(original)
         self._saved.clear()
         self._evaluating.__exit__(kind, error, trace)
+        self._modes.close()
         if kind is not None:
             # A failed solve must not change what the next one draws.
             self.session.generator.set_state(self._generator_state)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from fastedit.arch import position_limit
 from fastedit.evaluate.scoring import Score, score_targets
 from fastedit.request import PROBE_KINDS, EditRequest, Probe, as_requests
 from fastedit.tokens import Encoded, encode_prompt, target_ids
@@ -144,7 +145,7 @@ def evaluate(
     kinds: which of KINDS to score; default all that are present.
     batch_tokens: bound of padded tokens in one forward.
     Raises ValueError for no requests, two requests of one id, an unknown kind, a prompt or target
-    without tokens.
+    without tokens, a prompt that is longer than the model's positions.
     """
     checked = as_requests(requests)
     seen: set[str] = set()
@@ -186,7 +187,10 @@ def _checked_kinds(kinds: Sequence[str]) -> tuple[str, ...]:
 
 def _encode(session: Session, request: str, probe: Probe, target: str) -> Encoded:
     try:
-        return encode_prompt(session.tokenizer, probe.prompt, target=target_ids(session.tokenizer, target))
+        row = encode_prompt(session.tokenizer, probe.prompt, target=target_ids(session.tokenizer, target))
+        if (limit := position_limit(session.arch)) is not None and len(row) > limit:
+            raise ValueError(f"{len(row)} tokens with its target, the model has {limit} positions")
+        return row
     except ValueError as error:
         raise ValueError(f"request {request!r}: {probe.kind} probe: {error}") from error
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fastedit.arch import position_limit
 from fastedit.evaluate.scoring import score_targets
 from fastedit.tokens import Encoded
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from fastedit.session import Session
 
 __all__ = ["perplexity"]
+
+_LONGEST = 1024
 
 
 def perplexity(
@@ -23,15 +26,16 @@ def perplexity(
     Each text is tokenised with the tokenizer's special tokens and cut into windows of at most max_length
     tokens (default: the model's context, at most 1024). Inside a text windows overlap by one token, so every
     token but the first of the text is predicted once, from the tokens of its own window.
-    Raises ValueError for max_length < 2, or when no text has two tokens.
+    Raises ValueError for max_length < 2 or above the model's number of positions, or when no text has two tokens.
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, got one string")
-    config: Any = session.model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
-    length = min(int(context), 1024) if max_length is None else max_length
+    limit = position_limit(session.arch)
+    length = min(limit or _LONGEST, _LONGEST) if max_length is None else max_length
     if length < 2:
         raise ValueError(f"max_length must be >= 2, got {length}")
+    if limit is not None and length > limit:
+        raise ValueError(f"max_length must be <= {limit}, the model's number of positions, got {length}")
     windows: list[Encoded] = []
     for text in texts:
         ids = tuple(session.tokenizer(text)["input_ids"])

@@ -34,12 +34,14 @@ def comparison_table(stages: Mapping[str, Evaluation], *, title: str | None = No
     Kinds that were not measured have no row; measures that need a competing continuation show a dash without
     one.
     """
+    from rich.box import SIMPLE
     from rich.table import Table
 
     if not stages:
         raise ValueError("stages must hold at least one evaluation")
     labelled = any(stages)
-    table = Table(title=title, title_justify="left")
+    # Without lines between columns the headings fit into 80 of them.
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, show_edge=False)
     table.add_column("kind", no_wrap=True)
     table.add_column("n", justify="right")
     if labelled:

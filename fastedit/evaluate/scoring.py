@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastedit.arch import position_limit
 from fastedit.forward import evaluating
 from fastedit.tokens import Encoded, pad_id, pad_right
 
@@ -49,14 +50,20 @@ def score_targets(session: Session, items: Sequence[Encoded], *, batch_tokens: i
 
     batch_tokens: upper bound of padded input tokens in one forward (a single longer item still runs alone).
     items: from ``tokens.encode_prompt`` with a target.
-    Raises ValueError for an item without a target or batch_tokens < 1, NotImplementedError for models that
-    are not decoder-only, and RuntimeError when the model returns non-finite logits.
+    Raises ValueError for an item without a target or of more tokens than the model has positions, or
+    batch_tokens < 1, NotImplementedError for models that are not decoder-only, and RuntimeError when the
+    model returns non-finite logits.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be >= 1, got {batch_tokens}")
+    limit = position_limit(session.arch)
     for position, item in enumerate(items):
         if not item.target:
             raise ValueError(f"items[{position}] must have a target of at least one token, got none")
+        if limit is not None and len(item) > limit:
+            raise ValueError(
+                f"items[{position}]: {len(item)} tokens with its target, the model has {limit} positions"
+            )
     _check_decoder_only(session)
     found: dict[Encoded, Score] = {}
     # Longest first: the largest batch comes at the start, so running out of memory shows at once, not at the

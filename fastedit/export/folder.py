@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ def atomic_folder(directory: str | Path, *, overwrite: bool = False) -> Iterator
     part.mkdir()
     try:
         yield part
+        _give_usual_modes(part)
         for path in (*part.rglob("*"), part):
             fsync_path(path)
         if directory.is_dir():
@@ -49,3 +51,14 @@ def atomic_folder(directory: str | Path, *, overwrite: bool = False) -> Iterator
         fsync_path(directory.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Files as readable as the user's others: the safetensors library makes them for the owner only."""
+    probe = folder / ".mode"
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | usual)

@@ -30,6 +30,7 @@ from fastedit.methods import method
 from fastedit.ops.edit_solve import CholeskyMetric, IdentityMetric, edit_solve
 from fastedit.request import EditRequest
 from fastedit.session import Session
+from fastedit.stats.provenance import tokenizer_fingerprint
 
 __all__ = ["MemitConfig", "memit"]
 
@@ -171,7 +172,8 @@ def memit(
                 residual = targets.to(present) - present
                 keys = sweep.keys(layer)
             distance.append(float(residual.norm(dim=1).mean()))
-            share = residual / (len(config.layers) - index)
+            # A sharded model has its layers on several devices.
+            share = (residual / (len(config.layers) - index)).to(keys.device)
             with trial.timed("equations"):
                 left, right = edit_solve(metrics[layer], keys, share, mu=float(config.mom2_update_weight))
             finite(names[layer], left, right)
@@ -196,6 +198,7 @@ def _targets(
             settings={
                 **asdict(_spec(config)),
                 **asdict(locate.token_options(config)),
+                "tokenizer": tokenizer_fingerprint(session.tokenizer),
                 "context_templates": groups,
             },
             model=session.model,

@@ -8,7 +8,7 @@ backward computes the probabilities again from the log-sum-exp: nothing is kept 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
@@ -452,6 +452,70 @@ def _refuse_backward(grad: Tensor, lse: Tensor, *rest: Any) -> str | None:
     return _refuse(*rest)
 
 
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/branch_attention.h: BranchType
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
+    return tensor.data_ptr(), _CODES[tensor.dtype], tensor.stride(0), tensor.stride(1)
+
+
+def _problem(
+    tensors: tuple[Tensor, ...], scale: float, softcap: float, window: int
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """What both entry points take, and the tensors that must outlive the call."""
+    q, k, _, k_prefix, *_ = floats = tensors[:5]
+    index = [tensor.contiguous() for tensor in tensors[5:]]
+    arguments = {
+        "inputs": [_rows(tensor) for tensor in floats],
+        "index": tuple(tensor.data_ptr() for tensor in index),
+        "sizes": (*index[0].shape, len(q), len(k), len(k_prefix), q.shape[1], k.shape[1], q.shape[2]),
+        "scale": scale,
+        "softcap": softcap,
+        "window": window,
+        "threads": torch.get_num_threads(),
+    }
+    return arguments, index
+
+
+def _run_cpu(native: Callable[..., Any], q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *tensors, _, _, scale, softcap, window = rest
+    arguments, _index = _problem((q, *tensors), scale, softcap, window)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    native(**arguments, lse=lse.data_ptr(), out=_rows(out))
+    return out, lse
+
+
+def _run_cpu_backward(
+    native: Callable[..., Any], grad: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _, _, scale, softcap, window = rest
+    arguments, _index = _problem((q, k, v, *tensors), scale, softcap, window)
+    grad, lse = grad.contiguous(), lse.contiguous()
+    dq, dk, dv = gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    rows = {name: _rows(x) for name, x in zip(("dq", "dk", "dv"), gradients)}
+    native(**arguments, lse=lse.data_ptr(), grad=_rows(grad), **rows)
+    return dq, dk, dv
+
+
+def _refuse_cpu(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, *_: Any) -> str | None:
+    tensors = {"q": q, "k": k, "v": v, "k_prefix": k_prefix, "v_prefix": v_prefix}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES:
+            return f"the kernel computes in float32 from float32, bfloat16 or float16, and {name} is {tensor.dtype}"
+        if tensor.stride(2) != 1 and tensor.shape[2] > 1 and tensor.numel():
+            return (
+                f"{name} must have unit stride along its last dimension, got strides {list(tensor.stride())}"
+            )
+    return None
+
+
+def _refuse_cpu_backward(grad: Tensor, lse: Tensor, *rest: Any) -> str | None:
+    if grad.dtype not in _CODES or lse.dtype != torch.float32:
+        return f"the kernel computes in float32, and grad and lse are {grad.dtype} and {lse.dtype}"
+    return _refuse_cpu(*rest)
+
+
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor k_prefix, Tensor v_prefix, Tensor columns, Tensor q_starts, "
     "Tensor q_offsets, Tensor k_starts, SymInt max_q, SymInt max_k, float scale, float softcap, SymInt window"
@@ -462,7 +526,14 @@ _backward_op = define_op(
     f"(Tensor grad, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     _eager_backward,
-    [Impl("triton", "cuda", f"{_KERNELS}:branch_attention_backward", _refuse_backward)],
+    [
+        Impl("triton", "cuda", f"{_KERNELS}:branch_attention_backward", _refuse_backward),
+        Impl(
+            *("cpu", "cpu", "fastedit._cpu:branch_attention_backward"),
+            _refuse_cpu_backward,
+            _run_cpu_backward,
+        ),
+    ],
 )
 
 _op = define_op(
@@ -470,7 +541,10 @@ _op = define_op(
     f"({_ARGUMENTS}) -> (Tensor, Tensor)",
     _fake,
     _eager,
-    [Impl("triton", "cuda", f"{_KERNELS}:branch_attention", _refuse)],
+    [
+        Impl("triton", "cuda", f"{_KERNELS}:branch_attention", _refuse),
+        Impl("cpu", "cpu", "fastedit._cpu:branch_attention", _refuse_cpu, _run_cpu),
+    ],
     autograd=(_backward, _setup),
     bind=_bind,
 )

@@ -22,6 +22,8 @@ __all__ = ["target_loss"]
 # many rows still get matrices of at least _LEAST columns. Other devices take 64 times as many: launches cost more.
 _CHUNK_ELEMENTS = 1 << 18
 _LEAST = 2048
+# Half-precision weights are widened chunk by chunk: 8 MB in float32, so the products find them in cache on a CPU.
+_WIDENED_ELEMENTS = 1 << 21
 
 
 def target_loss(
@@ -125,8 +127,16 @@ def _eager(
     pulls = X.new_zeros(R + Q, X.shape[1] if with_grad else 0)
     elements = _CHUNK_ELEMENTS * (1 if X.device.type == "cpu" else 64)
     width = max(_LEAST, elements // max(R, 1))
+    wide = None
+    if weight.dtype != dtype:
+        if X.device.type == "cpu":
+            width = min(width, max(_LEAST // 8, _WIDENED_ELEMENTS // max(X.shape[1], 1)))
+        # One buffer for all chunks: the pages of a fresh one cost more than the conversion into it.
+        wide = weight.new_empty(min(width, V), weight.shape[1], dtype=dtype)
     for start in range(0, V, width):
-        w = weight[start : start + width].to(dtype)
+        w = weight[start : start + width]
+        if wide is not None:
+            w = wide[: w.shape[0]].copy_(w)
         weights = X.new_empty(R + Q, w.shape[0])
         z, away = weights[:R], weights[R:]
         torch.mm(X, w.mT, out=z)

@@ -34,7 +34,7 @@ from fastedit.stats.moment import SecondMoment
 from fastedit.stats.progress import CollectProgress, ProgressCallback, reporter
 from fastedit.stats.provenance import CorpusDigest
 
-__all__ = ["collect_statistics"]
+__all__ = ["checkpoint_path", "collect_statistics"]
 
 # Keys wait until there are this many: below, reading and writing the sum costs more than the product.
 FLUSH_TOKENS = 1024
@@ -107,6 +107,31 @@ def collect_statistics(
             store.put(moment)
         state.forget()
     return moments
+
+
+def checkpoint_path(
+    model: nn.Module,
+    tokenizer: Any,
+    arch: ResolvedArch,
+    texts: Iterable[Text],
+    layers: Sequence[int],
+    *,
+    directory: str | Path,
+    site: Site = "mlp_out",
+    max_length: int | None = None,
+    token_budget: int | None = None,
+    batch_tokens: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    dataset: str | None = None,
+) -> Path:
+    """Where `collect_statistics` with these arguments keeps its checkpoint; others of the directory are not its own.
+
+    Raises as `collect_statistics` does for a wrong argument. The texts are not read.
+    """
+    job = Job.plan(
+        model, tokenizer, arch, texts, layers, site, max_length, token_budget, batch_tokens, dtype, dataset
+    )
+    return StatisticsStore(directory).partial_path(job.key())
 
 
 def _already_stored(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastedit.arch import ResolvedArch, Site
+from fastedit.arch import ResolvedArch, Site, position_limit
 from fastedit.stats.batches import Text
 from fastedit.stats.provenance import Provenance, dtype_name, model_fingerprint, tokenizer_fingerprint
 
@@ -90,7 +90,7 @@ class Job:
                 )
             forward = arch.model.get_encoder()  # type: ignore[operator]
         device = arch.embed.weight.device.type
-        limit = _position_limit(config)
+        limit = position_limit(arch)
         if max_length is None:
             max_length = min(limit or _LONGEST, _LONGEST)
         elif limit is not None and max_length > limit:
@@ -131,14 +131,6 @@ class Job:
             "modules": list(self.modules),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _position_limit(config: Any) -> int | None:
-    for name in ("n_positions", "max_position_embeddings"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
 
 
 def _width(name: str, module: nn.Module) -> int:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import FAST, Run
+from command_line import FAST, QUICK, Run
 
 from fastedit.cli.errors import Interrupted, describe
 
 
-def edit(home: Path, out: Path, **changes: Any) -> list[Any]:
+def edit(home: Path, out: Path, *, settings: tuple[str, ...] = FAST, **changes: Any) -> list[Any]:
     """A good `edit` command line, with options replaced (None leaves one out)."""
     options = {
         "model": home / "model",
@@ -28,7 +28,7 @@ def edit(home: Path, out: Path, **changes: Any) -> list[Any]:
         **changes,
     }
     given = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
-    return ["edit", *given, *FAST]
+    return ["edit", *given, *settings]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,7 @@ def test_encoder_decoder_models_are_refused_by_name(fastedit: Run, home: Path, t
 
 
 def test_missing_statistics(fastedit: Run, home: Path, tmp_path: Path) -> None:
-    options = ("--set", "mom2_adjustment=true")
-    result = fastedit(*edit(home, tmp_path / "e.safetensors"), *options)
+    result = fastedit(*edit(home, tmp_path / "e.safetensors", settings=QUICK))
     result.refused("statistics", "transformer.h.1.mlp.c_proj", "fastedit stats")
 
 
@@ -159,8 +158,8 @@ def test_statistics_of_another_model(fastedit: Run, home: Path, tmp_path: Path) 
     folder = tmp_path / "stats"
     texts = ("--corpus", home / "texts.txt", "--layers", "1,2", "--out", folder)
     assert fastedit("stats", "--model", home / "other", *texts).code == 0
-    options = ("--set", "mom2_adjustment=true", "--stats", folder)
-    fastedit(*edit(home, tmp_path / "e.safetensors"), *options).refused("transformer.h.1.mlp.c_proj", "model")
+    command = edit(home, tmp_path / "e.safetensors", settings=QUICK, stats=folder)
+    fastedit(*command).refused("--stats", "transformer.h.1.mlp.c_proj", "model")
 
 
 def test_edit_files_that_cannot_be_used(fastedit: Run, home: Path, tmp_path: Path) -> None:
@@ -293,7 +292,7 @@ def test_unknown_targets_kinds_and_options(fastedit: Run, home: Path, tmp_path: 
     fastedit("eval", *model, "--colour").refused("--colour")
     fastedit("edti").refused("edti")
     fastedit("demo", "--edits", "9999", "--out", tmp_path / "s").refused("--edits", "9999")
-    fastedit("demo", "--model", "bert").refused("gpt2, llama", "'bert'")
+    fastedit("demo", "--model", "bert", "--out", tmp_path / "d").refused("--model", "gpt2, llama", "'bert'")
     fastedit(
         "stats", *model, "--layers", "0-9", "--corpus", home / "texts.txt", "--out", tmp_path / "s"
     ).refused("0 to 3")
@@ -304,7 +303,7 @@ def test_unknown_targets_kinds_and_options(fastedit: Run, home: Path, tmp_path: 
     fastedit("revert", *model, "--out", tmp_path / "x").refused("undo")
     fastedit("revert", *model).refused("--out", "--in-place")
     fastedit("revert", "--model", "nowhere", "--in-place").refused("--model must be a folder", "'nowhere'")
-    assert not [path for path in tmp_path.iterdir() if path.name != "s"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_are_raised_in_debug_mode(fastedit: Run, monkeypatch: pytest.MonkeyPatch) -> None:

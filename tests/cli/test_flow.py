@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import FAST, Run
+from command_line import FAST, QUICK, Run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -155,7 +155,7 @@ def test_statistics_feed_an_edit(fastedit: Run, home: Path, tmp_path: Path) -> N
     again = fastedit(*arguments)
     assert again.code == 0 and "cached" in again.out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.npz")} == files
-    options = ("--layers", "1,2", *FAST, "--set", "mom2_adjustment=true", "--set", "mom2_update_weight=10")
+    options = ("--layers", "1,2", *QUICK, "--set", "mom2_update_weight=10")
     edit = (
         "edit",
         "--model",
@@ -249,3 +249,19 @@ def test_real_entry_ctrl_c_keeps_a_checkpoint(home: Path, tmp_path: Path) -> Non
     assert err.strip().splitlines()[-1].startswith("interrupted: run the same command with --resume")
     assert list((tmp_path / "stats").glob("partial_*.safetensors"))
     shutil.rmtree(tmp_path / "stats")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT as POSIX systems send it")
+@pytest.mark.parametrize("module", ["typer", "fastedit.cli.app", "fastedit.arch"])
+def test_ctrl_c_during_an_import(module: str) -> None:
+    code = (
+        "import os, signal, sys, fastedit.cli\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['fastedit', 'models']\n"
+        "fastedit.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

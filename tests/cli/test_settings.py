@@ -32,6 +32,8 @@ class Options:
     [
         ("layers=3,4", (3, 4)),
         ("layers=3", (3,)),
+        ("layers=3-5", (3, 4, 5)),
+        ("layers=1, 3-5", (1, 3, 4, 5)),
         ("layers=[]", ()),
         ("rate=1e-3", 1e-3),
         ("rate=2", 2.0),
@@ -66,6 +68,7 @@ def test_assignments_are_read_by_type(text: str, value: object) -> None:
         ("pairs=5,10", "pairs must be a list of "),
         ("stepz=1", "unknown option 'stepz'; known: layers, rate, steps"),
         ("=1", "--set must be key=value, got '=1'"),
+        ("layers=5-3", "--set layers must have ascending ranges, got '5-3'"),
     ],
 )
 def test_wrong_assignments_are_told_the_rule(text: str, message: str) -> None:
@@ -76,9 +79,16 @@ def test_wrong_assignments_are_told_the_rule(text: str, message: str) -> None:
 def test_later_sources_win(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"layers": [1], "rate": 1, "steps": 9}))
-    found = read_settings(Options, file=path, assignments=["steps=4", "steps=5", "layers=2"], layers="6-7")
+    found = read_settings(Options, file=path, assignments=["steps=5"], layers="6-7")
     assert found == {"layers": (6, 7), "rate": 1.0, "steps": 5}
     assert isinstance(found["rate"], float)
+
+
+def test_an_option_is_given_once() -> None:
+    with pytest.raises(ValueError, match="--set must give steps once, got '4' and '5'"):
+        read_settings(Options, assignments=["steps=4", " steps =5"])
+    with pytest.raises(ValueError, match="--layers must not be given with --set layers, got '6-7' and '2'"):
+        read_settings(Options, assignments=["layers=2"], layers="6-7")
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, unique=True))

@@ -27,8 +27,11 @@ REQUESTS = (
 )
 
 
-def problems(requests: tuple[EditRequest, ...] = REQUESTS) -> list[Problem]:
-    return [build_problem(tiny_tokenizer(), request, TEMPLATES, TokenOptions()) for request in requests]
+def problems(
+    requests: tuple[EditRequest, ...] = REQUESTS, options: TokenOptions | None = None
+) -> list[Problem]:
+    options = TokenOptions() if options is None else options
+    return [build_problem(tiny_tokenizer(), request, TEMPLATES, options) for request in requests]
 
 
 def naive(request: EditRequest) -> Request:

@@ -86,3 +86,33 @@ def test_an_argument_that_would_change_the_result_is_refused() -> None:
         with pytest.raises(NotImplementedError, match="attention with s_aux"):
             call(arch.attn(0), q, q, q, None, s_aux=torch.zeros(4))
     assert set(ALL_ATTENTION_FUNCTIONS) == names
+
+
+def test_an_attention_of_the_users_own_is_not_replaced() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = tiny_model("llama")
+    arch = resolve(model)
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert not_handed_over(arch) is None
+    ALL_ATTENTION_FUNCTIONS["mine"] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        model.config._attn_implementation = "mine"
+        assert "attention implementation 'mine'" in str(not_handed_over(arch))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["mine"]
+    model.config._attn_implementation = "sdpa"
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **options: plain(*args, **options)
+    try:
+        assert "'sdpa'" in str(not_handed_over(arch))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def test_a_foreign_config_on_a_submodule_is_left_alone() -> None:
+    model = tiny_model("gpt2")
+    model.transformer.h[0].mlp.config = {"mine": 1}
+    with attending(resolve(model), plain):
+        pass
+    assert model.transformer.h[0].mlp.config == {"mine": 1}

@@ -11,8 +11,12 @@ from reference.target_vector import captured, target_vector
 from tiny import CAUSAL, DEPTH, tiny_model
 
 from fastedit.arch import resolve
+from fastedit.engine.memory import suffix_tokens
 from fastedit.engine.objective import TargetObjective, TargetSpec
+from fastedit.engine.problem import Problem, TokenOptions
 from fastedit.engine.target import optimise_targets
+from fastedit.request import EditRequest
+from fastedit.tokens import Encoded
 
 SPEC = TargetSpec(
     layer=1,
@@ -56,53 +60,130 @@ def test_every_architecture_against_full_forwards(model_type: str, site: str) ->
         assert (found.delta[index] - delta.double()).norm() <= 1e-3 * delta.norm()
 
 
-def full_forward(
-    model, spec: TargetSpec, index: int, delta: torch.Tensor
-) -> tuple[float, float, torch.Tensor]:
+def full_forward(model, spec: TargetSpec, problem: Problem, delta: torch.Tensor):
     """NLL, KL and their gradient from forwards of every row through the whole model, with autograd through hooks."""
-    arch, request = resolve(model), naive(REQUESTS[index])
+    arch = resolve(model)
     leaf = delta.clone().requires_grad_()
+    width = max(map(len, problem.rows))
 
-    def logp(row: list[int], at: int, shift: torch.Tensor) -> torch.Tensor:
+    def logp(row: Encoded, shift: torch.Tensor) -> torch.Tensor:
+        # A lookup may be a padded position then, whose token matters: 0, as the objective's default.
+        ids = [*row.ids, *[0] * (width - len(row.ids) if row.lookup < 0 else 0)]
+        mask = torch.tensor([[1] * len(row.ids) + [0] * (len(ids) - len(row.ids))])
+
         def add(output: torch.Tensor) -> torch.Tensor:
-            moved = output.clone().view(1, len(row), -1)
-            moved[0, at] = moved[0, at] + shift
+            moved = output.clone().view(1, len(ids), -1)
+            moved[0, row.lookup] = moved[0, row.lookup] + shift
             return moved.view(output.shape)
 
         site = arch.mlp_out(spec.layer) if spec.site == "mlp" else arch.block(spec.layer)
         with captured(site, add):
-            return torch.log_softmax(model(input_ids=torch.tensor([row])).logits[0], -1)
+            return torch.log_softmax(model(input_ids=torch.tensor([ids]), attention_mask=mask).logits[0], -1)
 
     nll = []
-    for prompt, at in zip(request.rows, request.lookup, strict=True):
-        table = logp(prompt + request.target[:-1], at, leaf)
-        rows = range(len(prompt) - 1, len(prompt) - 1 + len(request.target))
-        nll.append(-sum(table[i, t] for i, t in zip(rows, request.target, strict=True)) / len(request.target))
-    clean = logp(request.kl_row, request.kl_lookup, torch.zeros_like(delta))[request.kl_lookup].detach()
-    moved = logp(request.kl_row, request.kl_lookup, leaf)[request.kl_lookup]
+    for row in problem.rewriting:
+        table = logp(row, leaf)
+        rows = range(row.target_start, row.target_start + len(problem.target))
+        nll.append(-sum(table[i, t] for i, t in zip(rows, problem.target, strict=True)) / len(problem.target))
+    clean = logp(problem.essence, torch.zeros_like(delta))[problem.essence.lookup].detach()
+    moved = logp(problem.essence, leaf)[problem.essence.lookup]
     kl = spec.kl_factor * (moved.exp() * (moved - clean)).sum()
     loss = sum(nll) / len(nll)
     (gradient,) = torch.autograd.grad(loss + kl, leaf)
     return float(loss.detach()), float(kl.detach()), gradient
 
 
+def assert_equal_to_full_forwards(model, spec: TargetSpec, every: list[Problem], share: float) -> None:
+    objective = TargetObjective(model, resolve(model), every, spec)
+    direction = torch.randn(objective.init.shape, generator=torch.Generator().manual_seed(1))
+    radius = spec.clamp_norm_factor * objective.init.norm(dim=1, keepdim=True)
+    delta = share * radius * torch.nn.functional.normalize(direction)
+    loss, gradient = objective(delta)
+    for index, problem in enumerate(every):
+        nll, kl, expected = full_forward(model, spec, problem, delta[index])
+        assert float(loss.nll[index]) == pytest.approx(nll, abs=1e-5)
+        assert float(loss.kl[index]) == pytest.approx(kl, abs=1e-5)
+        assert (gradient[index] - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("site", ["mlp", "block"])
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_losses_and_gradients_against_full_forwards_in_fp32(model_type: str, site: str) -> None:
     model = tiny_model(model_type)
-    spec = replace(SPEC, site=site)
-    objective = TargetObjective(model, resolve(model), problems(), spec)
-    generator = torch.Generator().manual_seed(1)
-    direction = torch.nn.functional.normalize(torch.randn(objective.init.shape, generator=generator))
-    radius = spec.clamp_norm_factor * objective.init.norm(dim=1, keepdim=True)
     for share in (0.0, 0.1, 0.5, 1.0):
-        delta = share * radius * direction
-        loss, gradient = objective(delta)
-        for index in range(len(REQUESTS)):
-            nll, kl, expected = full_forward(model, spec, index, delta[index])
-            assert float(loss.nll[index]) == pytest.approx(nll, abs=1e-5)
-            assert float(loss.kl[index]) == pytest.approx(kl, abs=1e-5)
-            assert (gradient[index] - expected).norm() <= 1e-4 * expected.norm()
+        assert_equal_to_full_forwards(model, replace(SPEC, site=site), problems(), share)
+
+
+VARIANTS = {
+    "post-LN opt": ("opt", {"do_layer_norm_before": False}),
+    "falcon with ALiBi": ("falcon", {"alibi": True}),
+    "falcon with ALiBi, eager": ("falcon", {"alibi": True, "attn_implementation": "eager"}),
+    "eager bloom": ("bloom", {"attn_implementation": "eager"}),
+    "sequential neox": ("gpt_neox", {"use_parallel_residual": False}),
+    "short window": ("mistral", {"sliding_window": 5}),
+}
+
+
+@pytest.mark.parametrize("site", ["mlp", "block"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_families(variant: str, site: str) -> None:
+    model_type, options = VARIANTS[variant]
+    assert_equal_to_full_forwards(
+        tiny_model(model_type, **options), replace(SPEC, site=site), problems(), 0.5
+    )
+
+
+LAST = EditRequest(id="end", prompt="Here comes {}", subject="Marie Curie", target_new="of Rome and London")
+
+
+@pytest.mark.parametrize("rule", ["offsets", "rome", "easyedit"])
+@pytest.mark.parametrize("lookup", ["subject_last", "subject_first", "subject_first_after_last", "last"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "bloom"])
+def test_every_lookup_token_and_rule(model_type: str, lookup: str, rule: str) -> None:
+    # The subject ends a prompt: the token behind it is a target token, and what predicts that comes before it.
+    every = problems((*REQUESTS, LAST), TokenOptions(lookup=lookup, rule=rule))
+    if model_type == "gemma2" and any(row.lookup < 0 for problem in every for row in problem.rows):
+        model_type = (
+            "llama"  # a padded position may be beyond every token of the tiny sliding window: no attention
+        )
+    for site in ("mlp", "block"):
+        assert_equal_to_full_forwards(tiny_model(model_type), replace(SPEC, site=site), every, 0.5)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_lookups_from_the_end_do_not_depend_on_the_batch(model_type: str) -> None:
+    model = tiny_model(model_type)
+    every = problems(options=TokenOptions(lookup="subject_first", rule="easyedit"))
+    assert any(row.lookup < 0 for problem in every for row in problem.rows)
+    together = optimise_targets(model, resolve(model), every, SPEC)
+    for index, problem in enumerate(every):
+        alone = optimise_targets(model, resolve(model), [problem], SPEC)
+        assert (alone.value[0] - together.value[index]).norm() <= 1e-5 * alone.value[0].norm()
+
+
+def test_prompts_of_very_unequal_length() -> None:
+    long = EditRequest(
+        id="long",
+        prompt="The field of physics and chemistry " * 2 + "where {} worked is called",
+        subject="Marie Curie",
+        target_new="physics",
+    )
+    model = tiny_model("gpt2")
+    assert_equal_to_full_forwards(model, SPEC, problems((*REQUESTS, long)), 0.5)
+    spec, _ = staggered(model)
+    every = problems((*REQUESTS, long))
+    found = optimise_targets(model, resolve(model), every, spec, batch_tokens=60)
+    assert found.memory.batch_tokens <= max(60, *map(suffix_tokens, every))
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_the_memory_report_is_filled(limit: int | None) -> None:
+    model = tiny_model("gpt2")
+    for every in (problems(), problems()[:1]):
+        with torch.no_grad():
+            report = optimise_targets(model, resolve(model), every, SPEC, batch_tokens=limit).memory
+        assert report.bytes_per_token > 1000 and report.limit_tokens > 0
+        assert report.predicted_bytes >= report.bytes_per_token * report.limit_tokens
 
 
 # Models whose norms and rotary tables stay in fp64; the others compute them in fp32 whatever the weights.

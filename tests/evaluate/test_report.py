@@ -50,9 +50,9 @@ def stages() -> dict[str, Evaluation]:
     return {"before": Evaluation(tuple(before)), "after": Evaluation(tuple(after))}
 
 
-def text_of(table: object) -> str:
+def text_of(table: object, width: int = 140) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=140).print(table)
+    Console(file=stream, width=width).print(table)
     return stream.getvalue()
 
 
@@ -71,6 +71,9 @@ def test_comparison_table() -> None:
 def test_one_stage_has_no_stage_column() -> None:
     text = text_of(stages()["before"].table())
     assert "before" not in text and "rewrite" in text
+    narrow = text_of(stages()["before"].table(), width=80).splitlines()[0].split()
+    words = ["kind", "n", "accuracy", "p(target)", "p(whole)", "p(other)", "success", "magnitude"]
+    assert narrow == words
 
 
 def test_request_table_says_how_many_are_left_out() -> None:

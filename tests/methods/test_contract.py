@@ -320,3 +320,15 @@ def test_memory_is_estimated_and_nothing_changes(name: str, family: str) -> None
     assert more.kept > found.kept
     with pytest.raises(ValueError, match="requests must hold at least one request"):
         made.estimate([], name, SETTINGS[name])
+
+
+@every_method
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_callers_gradient_mode_does_not_matter(name: str, family: str) -> None:
+    expected = editor(family).solve(REQUESTS, name, SETTINGS[name])
+    for mode in (torch.no_grad, torch.inference_mode):
+        made = editor(family)
+        with mode():
+            found = made.solve(REQUESTS, name, SETTINGS[name])
+        for delta, wanted in zip(found.deltas, expected.deltas, strict=True):
+            assert torch.equal(delta.dense(), wanted.dense())

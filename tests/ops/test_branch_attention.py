@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from branch_problem import SHAPES, TENSORS, TOLERANCES, check, problem, widened, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.branch_attention import branch_attention as reference
@@ -21,111 +22,11 @@ import fastedit
 from fastedit.ops import branch_attention as module
 from fastedit.ops.branch_attention import _backward_op, _op, branch_attention
 
-TENSORS = ("q", "k", "v", "k_prefix", "v_prefix", "columns", "q_starts", "q_offsets", "k_starts")
-
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few branches at a time, so that small problems take several chunks and end in a partial one."""
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1 << 10)
-
-
-def problem(
-    B: int = 7,
-    *,
-    own: tuple[int, int] = (1, 5),
-    prefix: tuple[int, int] = (0, 6),
-    H: int = 4,
-    G: int = 2,
-    D: int = 8,
-    every_query: bool = False,
-    dtype: torch.dtype = torch.float64,
-    device: str = "cpu",
-    seed: int = 0,
-    **options: Any,
-) -> dict[str, Any]:
-    """Arguments by name. Rows of the store are shared at random; some, at NaN, are named by no branch."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def integers(low: int, high: int, size: int) -> Tensor:
-        return torch.randint(low, high + 1, (size,), generator=generator)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    keys, lengths = integers(*own, B), integers(*prefix, B)
-    queries = keys if every_query else (torch.rand(B, generator=generator) * (keys + 1)).long()
-    offsets = [
-        torch.randperm(int(n), generator=generator)[: int(m)].sort().values for n, m in zip(keys, queries)
-    ]
-    P = max(2 * prefix[1], 1)
-    columns = torch.full((B, prefix[1]), -1)
-    for row, length in zip(columns, lengths):
-        row[:length] = 1 + torch.randperm(P, generator=generator)[:length]
-    k_prefix, v_prefix = normal(P + 2, G, D), normal(P + 2, G, D)
-    unused = torch.ones(P + 2, dtype=torch.bool)
-    unused[columns[columns >= 0]] = False
-    k_prefix[unused.to(device)], v_prefix[unused.to(device)] = torch.nan, torch.nan
-    return {
-        "q": normal(int(queries.sum()), H, D),
-        "k": normal(int(keys.sum()), G, D),
-        "v": normal(int(keys.sum()), G, D),
-        "k_prefix": k_prefix,
-        "v_prefix": v_prefix,
-        "columns": columns.to(device),
-        "q_starts": torch.cat([torch.zeros(1).long(), queries.cumsum(0)]).to(device),
-        "q_offsets": torch.cat([torch.zeros(0).long(), *offsets]).to(device),
-        "k_starts": torch.cat([torch.zeros(1).long(), keys.cumsum(0)]).to(device),
-        "max_q": int(queries.max()) if B else 0,
-        "max_k": int(keys.max()) if B else 0,
-        "scale": D**-0.5,
-        **options,
-    }
-
-
-def widened(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same problem in float64, on the CPU."""
-    return {
-        name: value.cpu().double()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value.cpu()
-        if isinstance(value, Tensor)
-        else value
-        for name, value in arguments.items()
-    }
-
-
-def with_gradients(
-    function: Any, arguments: dict[str, Any], rounded: torch.dtype = torch.float64
-) -> list[Tensor]:
-    """Result, and gradients in q, k and v of a random mix of it, with weights that `rounded` can hold."""
-    leaves = {name: arguments[name].detach().clone().requires_grad_() for name in ("q", "k", "v")}
-    out = function(**{**arguments, **leaves})
-    mix = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    out.backward(mix.to(rounded).to(out.device, out.dtype))
-    gradients = (leaf.grad for leaf in leaves.values())
-    return [out.detach(), *(grad for grad in gradients if grad is not None)]
-
-
-# (relative, absolute); in half precision half a unit of the last place, for the one rounding at the end.
-TOLERANCES = {
-    torch.float64: (1e-11, 1e-11),
-    torch.float32: (2e-5, 2e-5),
-    torch.bfloat16: (1.01 * 2.0**-8, 2e-5),
-    torch.float16: (1.01 * 2.0**-11, 2e-5),
-}
-
-
-def check(arguments: dict[str, Any]) -> None:
-    dtype = arguments["q"].dtype
-    rtol, atol = TOLERANCES[dtype]
-    found = with_gradients(branch_attention, arguments, dtype)
-    expected = with_gradients(reference, widened(arguments), dtype)
-    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, expected):
-        assert ours.dtype == dtype and ours.shape == theirs.shape, name
-        torch.testing.assert_close(
-            ours.cpu().double(), theirs, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 @settings(deadline=None, max_examples=40)
@@ -156,16 +57,6 @@ def test_values_and_gradients(
     check(problem(B, own=own, prefix=prefix, H=H, G=G, D=D, every_query=every_query, seed=seed, **options))
 
 
-SHAPES = {
-    "one token": {"B": 1, "own": (1, 1), "prefix": (0, 0), "H": 1, "G": 1, "D": 1},
-    "one branch": {"B": 1, "own": (6, 6), "prefix": (9, 9)},
-    "no prefix": {"prefix": (0, 0)},
-    "63 of everything": {"B": 63, "own": (1, 63), "prefix": (0, 63), "H": 3, "G": 3, "D": 63},
-    "long": {"B": 2, "own": (200, 300), "prefix": (100, 200), "H": 2, "G": 1, "D": 16},
-    "branches without tokens": {"B": 9, "own": (0, 1)},
-}
-
-
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "window": 3}], ids=["plain", "softcap, window"])
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -176,7 +67,8 @@ def test_eager(shape: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
 
 def test_default_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    check(problem(40, H=16, G=16, D=64, prefix=(10, 20), own=(4, 8), dtype=torch.float32))
+    with fastedit.backend("eager"):
+        check(problem(40, H=16, G=16, D=64, prefix=(10, 20), own=(4, 8), dtype=torch.float32))
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 0.9}, {"window": 3}], ids=["plain", "softcap", "window"])
@@ -284,10 +176,9 @@ def test_strides(dtype: torch.dtype = torch.float64) -> None:
     q, k, v = (arguments[name] for name in ("q", "k", "v"))
     fused = torch.stack([q, k, v], 1)  # [N, 3, H, D]
     layers = torch.stack([arguments["k_prefix"], arguments["v_prefix"]], 1)
-    odd = torch.zeros(*k.shape[:2], 19, dtype=k.dtype)[:, :, 1:17:2].copy_(k)
     views = {"q": fused[:, 0], "k": fused[:, 1], "v": fused[:, 2], "k_prefix": layers[:, 0]}
     expected = branch_attention(**arguments)
-    for changed in (views, {"k": odd}, {"v": v.transpose(0, 1).contiguous().transpose(0, 1)}):
+    for changed in (views, {"v": v.transpose(0, 1).contiguous().transpose(0, 1)}):
         assert torch.equal(branch_attention(**{**arguments, **changed}), expected)
     leaf = fused.clone().requires_grad_()
     branch_attention(**{**arguments, "q": leaf[:, 0], "k": leaf[:, 1], "v": leaf[:, 2]}).sum().backward()
@@ -296,6 +187,13 @@ def test_strides(dtype: torch.dtype = torch.float64) -> None:
     out = branch_attention(*parts, **{name: arguments[name] for name in arguments if name not in "qkv"})
     out.backward(torch.ones_like(out))
     assert torch.equal(leaf.grad, one.grad)  # type: ignore[arg-type]
+
+
+def test_a_strided_last_dimension(dtype: torch.dtype = torch.float64) -> None:
+    arguments = problem(dtype=dtype)
+    k = arguments["k"]
+    odd = torch.zeros(*k.shape[:2], 19, dtype=dtype)[:, :, 1:17:2].copy_(k)
+    assert torch.equal(branch_attention(**{**arguments, "k": odd}), branch_attention(**arguments))
 
 
 def test_what_is_kept_and_what_has_a_gradient() -> None:
@@ -410,6 +308,25 @@ def test_explain() -> None:
     assert rows[-1].name == "eager" and rows[-1].chosen
 
 
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_a_branch_at_nan_stays_alone,
+        test_strides,
+        test_an_empty_store,
+        lambda dtype: test_nothing_to_do(0, dtype),
+        lambda dtype: test_nothing_to_do(3, dtype),
+        lambda _: test_rounding_is_that_of_float32(),
+        lambda _: test_large_scores(),
+        lambda _: test_the_order_of_branches_does_not_matter(),
+    ],
+    ids=["nan", "strides", "empty store", "no branches", "no queries", "rounding", "large scores", "order"],
+)
+def test_cpu_like_eager(cpu_level: str, test: Any) -> None:
+    with fastedit.backend("cpu"):
+        test(torch.float32)
+
+
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -432,12 +349,17 @@ def test_triton_in_the_interpreter() -> None:
             t.check(t.problem(2, **wide, D=17, dtype=torch.float32, window=50, softcap=2.0))
             t.check(t.problem(3, own=(0, 3), H=6, G=2, D=63, dtype=torch.float32, seed=3))
             t.test_a_branch_at_nan_stays_alone(torch.float32)
-            t.test_strides(torch.float32)
+            t.test_strides(torch.float32), t.test_a_strided_last_dimension(torch.float32)
             t.test_nothing_to_do(3, torch.float32), t.test_an_empty_store(torch.float32)
         print("ok")
     """
     root = Path(__file__).resolve().parents[2]
-    paths = [str(Path(__file__).parent), str(root / "bench"), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(Path(__file__).parent),
+        str(root / "tests"),
+        str(root / "bench"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
