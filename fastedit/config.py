@@ -173,7 +173,8 @@ def published(
         ValueError: no published defaults and the overrides do not name the layers.
     """
     base = table.get(family or "", {})
-    if "layers" not in base and "layers" not in overrides:
+    needed = any(f.name == "layers" and f.default is dataclasses.MISSING for f in dataclasses.fields(cls))
+    if needed and "layers" not in base and "layers" not in overrides:
         known: Sequence[str] = sorted(table)
         raise ValueError(
             f"layers must be given: {cls.__name__} has published layers for {', '.join(known)}, not for this model"

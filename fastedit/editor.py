@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fastedit.engine.estimate import MemoryEstimate
     from fastedit.evaluate import Evaluation
     from fastedit.stats import SecondMoment, StatisticsStore
+    from fastedit.trace import CausalTrace
+    from fastedit.trace.neurons_result import Neurons
 
 __all__ = ["Editor"]
 
@@ -205,6 +207,52 @@ class Editor:
         from fastedit.evaluate import evaluate
 
         return evaluate(self.session, as_requests(requests), **options)
+
+    def trace(
+        self,
+        prompt: str,
+        subject: str,
+        *,
+        answer: str | None = None,
+        subjects: Sequence[str] | None = None,
+        draws: Sequence[Tensor] | None = None,
+        **options: Any,
+    ) -> CausalTrace:
+        """Where the model holds an answer: its probability with one (token, layer) restored, for all of them.
+
+        Args:
+            prompt: with the subject in it, or one ``{}`` in its place.
+            answer: whose probability is read (its first token); ``None``: what the model predicts.
+            subjects: whose embeddings the noise is scaled by; ``None``: this one's.
+            draws: noise ``[samples, subject's tokens, d]`` to use as it is; a second set serves severed kinds.
+            options: fields of ``fastedit.trace.TraceOptions``: kinds, window, tokens, noise, memory.
+
+        Raises:
+            ValueError: bad prompt, subject, answer or option, or a clean run that gives NaN.
+            NotImplementedError: a model that cannot be traced; the message says why.
+        """
+        from fastedit.trace import TraceOptions, encode_trace, trace_prompts
+
+        checked = TraceOptions(**options)
+        encoded = encode_trace(self.session, prompt, subject, answer)
+        given = None if draws is None else [draws]
+        return trace_prompts(self.session, [encoded], checked, subjects=subjects, draws=given)[0]
+
+    def neurons(self, prompts: str | Sequence[str], answer: str | None = None, **options: Any) -> Neurons:
+        """Which MLP neurons an answer depends on: integrated gradients of all layers in one sweep.
+
+        Args:
+            prompts: one prompt, or several of one fact, whose neurons are those that enough prompts share.
+            answer: what is attributed; ``None``: the model's own next token after the first prompt.
+            options: fields of ``fastedit.trace.neurons.NeuronOptions``: layers, steps, adaptive_threshold, p, ...
+
+        Raises:
+            ValueError: bad prompt, answer, option or layer, or scores that are not finite.
+        """
+        from fastedit.config import from_mapping
+        from fastedit.trace.neurons import NeuronOptions, find_neurons
+
+        return find_neurons(self.session, prompts, answer, from_mapping(NeuronOptions, options))
 
     def collect_statistics(
         self, texts: Iterable[str], layers: Sequence[int], **options: Any

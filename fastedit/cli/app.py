@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastedit.cli import apply, demo, doctor, edit, eval, export, methods, models, stats
+from fastedit.cli import apply, demo, doctor, edit, eval, export, methods, models, neurons, stats, trace
 
 __all__ = ["build"]
 
@@ -21,6 +21,11 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "apply": (apply.apply, "fastedit apply --model gpt2-xl --edit edit.safetensors --out edited"),
     "revert": (apply.revert, "fastedit revert --model edited --out restored"),
     "stats": (stats.stats, "fastedit stats --model gpt2-xl --corpus texts.jsonl --layers 13-17 --out stats"),
+    "trace": (trace.trace, "fastedit trace --model world:gpt2 --limit 20 --out traces --plot trace.png"),
+    "neurons": (
+        neurons.neurons,
+        'fastedit neurons --model gpt2-xl --prompt "The capital of France is" --answer Paris --plot neurons.png',
+    ),
     "eval": (
         eval.evaluate,
         "fastedit eval --model world:gpt2 --requests facts.jsonl --edit edit.safetensors",

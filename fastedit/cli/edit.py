@@ -101,7 +101,7 @@ def _check_requests(opened: Opened, requests: list[EditRequest], config: MethodC
 
     session = opened.editor.session
     last = getattr(config, "v_loss_layer", None)
-    named = [("--layers", layer) for layer in getattr(config, "layers", ())]
+    named = [("--layers", layer) for layer in _layers(opened, config)]
     for name, layer in [*named, *([] if last is None else [("v_loss_layer", last)])]:
         if not 0 <= layer < session.arch.depth:
             raise ValueError(f"{name}: a layer must be from 0 to {session.arch.depth - 1}, got {layer}")
@@ -127,15 +127,20 @@ def _templates(config: LocateConfig) -> list[str]:
     return ["{}", *([placeholder(max(lengths))] if lengths else [])]
 
 
+def _layers(opened: Opened, config: MethodConfig) -> list[int]:
+    """Layers that may be edited; a method without a choice of its own may edit all."""
+    layers = getattr(config, "layers", ())
+    return list(range(opened.editor.session.arch.depth) if layers is None else layers)
+
+
 def _plan(opened: Opened, requests: list[EditRequest], method: str, config: MethodConfig) -> dict[str, Any]:
     session = opened.editor.session
-    layers = list(getattr(config, "layers", ()))
     return {
         "model": opened.name,
         "model_type": session.arch.row.model_type,
         "method": method,
         "requests": len(requests),
-        "modules": [session.arch.name("mlp_out", layer) for layer in layers],
+        "modules": [session.arch.name("mlp_out", layer) for layer in _layers(opened, config)],
         "config": config.to_dict(),
     }
 

@@ -16,6 +16,7 @@ import pytest
 from command_line import FAST, Run
 
 from fastedit.editor import Editor
+from fastedit.methods import names
 from fastedit.request import EditRequest
 
 LONG = "long " * 300
@@ -262,7 +263,7 @@ def test_files_that_are_not_there_are_named_with_their_option(fastedit: Run, hom
     fastedit("eval", *model, *requests, "--kinds", "speed").refused("--kinds must be among", "'speed'")
     edit = ("edit", *model, *requests, "--dry-run")
     fastedit(*edit, "--config", "nowhere").refused("--config nowhere: no such file")
-    fastedit(*edit, "--method", "x").refused("--method must be one of memit, rome", "'x'")
+    fastedit(*edit, "--method", "x").refused(f"--method must be one of {', '.join(names())}", "'x'")
     fastedit(*edit, "--layers", "9").refused("--layers: a layer must be from 0 to 3, got 9")
 
 

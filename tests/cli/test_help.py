@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -43,7 +44,7 @@ def test_examples_parse() -> None:
     """The options of every example exist: parsed, not run."""
     command = build()
     for name, (_, example) in _COMMANDS.items():
-        words = example.split()
+        words = shlex.split(example)
         assert words[:2] == ["fastedit", name]
         command.commands[name].make_context(name, words[2:])
 

@@ -1,0 +1,98 @@
+"""Facts to be traced, from a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastedit.readers import read_requests
+
+__all__ = ["TraceFact", "read_facts"]
+
+
+@dataclass(frozen=True)
+class TraceFact:
+    """A prompt, its subject and the answer that the model should know.
+
+    Attributes:
+        id: names the fact in files and messages.
+        prompt: with the subject in it, or one ``{}`` in its place.
+        answer: ``None``: whatever the model predicts.
+    """
+
+    id: str
+    prompt: str
+    subject: str
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("id", "prompt", "subject"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"fact {self.id!r}: field {name!r} must be a string, got {value!r}")
+        if self.answer is not None and (not isinstance(self.answer, str) or not self.answer.strip()):
+            raise ValueError(f"fact {self.id!r}: field 'answer' must be a string, got {self.answer!r}")
+
+
+def read_facts(path: str | os.PathLike[str], *, limit: int | None = None) -> list[TraceFact]:
+    """Read the facts of a file of JSON or JSON lines.
+
+    A record has ``prompt``, ``subject`` and ``answer`` (or ``attribute``, as in the published code's list of known
+    facts), or is an edit request of any schema, whose ``target_true`` is the answer.
+
+    Raises:
+        ValueError: naming the file and the record: malformed JSON, a missing field, two facts with one id, or no fact.
+        OSError: the file cannot be opened.
+    """
+    file = Path(path)
+    records = _plain_records(file)
+    if records is None:
+        found = [
+            TraceFact(request.id, request.prompt, request.subject, request.target_true)
+            for request in read_requests(file, limit=limit)
+        ]
+    else:
+        found = [_fact(file, number, record) for number, record in enumerate(records[:limit])]
+    if not found:
+        raise ValueError(f"{file}: must hold at least one fact, got none")
+    seen: set[str] = set()
+    for fact in found:
+        if fact.id in seen:
+            raise ValueError(f"{file}: two facts have the id {fact.id!r}")
+        seen.add(fact.id)
+    return found
+
+
+def _plain_records(file: Path) -> list[dict[str, Any]] | None:
+    """The records of a file of plain facts, or None for one of edit requests (or of anything else)."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        # The reader of requests knows compressed files, and says what is wrong with a broken one.
+        return None
+    if not records or not all(isinstance(record, dict) for record in records):
+        return None
+    first = records[0]
+    plain = "subject" in first and ("attribute" in first or "answer" in first or set(first) <= _PLAIN)
+    return records if plain else None
+
+
+_PLAIN = {"id", "prompt", "subject", "answer"}
+
+
+def _fact(file: Path, number: int, record: dict[str, Any]) -> TraceFact:
+    try:
+        chosen = str(record.get("id", record.get("known_id", number)))
+        answer = record.get("answer", record.get("attribute"))
+        return TraceFact(chosen, record["prompt"], record["subject"], answer)
+    except KeyError as error:
+        raise ValueError(f"{file}: record {number}: field {error} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: record {number}: {error}") from None
