@@ -16,7 +16,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.tx
                 $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CXX_SOURCES  := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-slow test-gpu bench build lint format typecheck venv clean
+.PHONY: help demo test test-slow test-gpu bench sanitize build lint format typecheck venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-slow  the slow tests            make test-gpu  the tests that need a CUDA device"
 	@echo "make lint       ruff and clang-format     make typecheck mypy     make format  fix the style"
 	@echo "make bench      the benchmarks            make build     compile the extension modules in place"
+	@echo "make sanitize   the tests of the ops over a build with AddressSanitizer and UBSan"
 	@echo "make clean      remove .venv and everything built"
 	@echo "PYTHON=/path/to/python3 chooses the interpreter (3.10 to 3.14); VENV=dir the environment."
 
@@ -43,6 +44,10 @@ test-gpu: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only $(if $(FILTER),-k "$(FILTER)")
+
+# The tests of the ops over an AddressSanitizer and UBSan build of the CPU kernels.
+sanitize: $(STAMP)
+	PYTHON=$(abspath $(BIN))/python .ci/sanitize
 
 build: $(STAMP)
 	$(BIN)/python setup.py build_ext --inplace

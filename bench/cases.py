@@ -54,7 +54,9 @@ class Case:
     tolerance: float
     flops: float
     bytes: float
-    goal: float | None = None  # ratio to the reference that the compiled kernel must reach on one CPU thread
+    goal: float | None = None  # ratio to the reference to be reached on one CPU thread
+    native: bool = True  # the goal is the compiled kernel's; False: the eager default's
+    unit: str = "fp32"  # whose arithmetic peak is the roof: "bf16", "fp32" or "fp64"
 
     @property
     def id(self) -> str:

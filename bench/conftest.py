@@ -1,29 +1,40 @@
-"""How an op is timed: correctness first, then interleaved with the reference, on one CPU thread by process time.
+"""How an op is timed: correctness first, then interleaved with the reference.
 
-Wall-clock ratios on a shared machine swing several-fold; process time on one thread, with the two candidates taking
-turns, repeats within a few per cent. On a GPU the time is that of CUDA events around the call.
+On one CPU thread by process time: wall-clock ratios on a shared machine swing several-fold, process time with the two
+candidates taking turns repeats within a few per cent. `--wall-threads N` takes a wall-clock table on N threads instead,
+for the docs, without goals. On a GPU the time is that of CUDA events. `--gate` fails the cases that miss their goal.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ceilings
+import clock
+import op_table
 import pytest
 import record
 import torch
 from cases import Case
+from rich.console import Console
 
 import fastedit
 
 ROUNDS = 5
-_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_ROWS = pytest.StashKey[dict[str, list[op_table.Row]]]()
+_CEILINGS = pytest.StashKey[dict[str, ceilings.Ceilings]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastedit benches")
+    group.addoption("--wall-threads", type=int, default=1, help="time ops by the wall clock on N threads")
+    group.addoption("--gate", action="store_true", help="fail op benches that miss their goal")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_ROWS] = []
+    config.stash[_ROWS] = {}
+    config.stash[_CEILINGS] = {}
 
 
 @pytest.fixture
@@ -35,84 +46,98 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def bench_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads as --wall-threads says, 1 without it."""
+    threads: int = request.config.getoption("--wall-threads")
+    if threads < 1:
+        raise pytest.UsageError(f"--wall-threads must be at least 1, got {threads}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def bench_op(
-    benchmark: Any, one_thread: None, request: pytest.FixtureRequest
+    benchmark: Any, bench_threads: int, request: pytest.FixtureRequest
 ) -> Callable[[Case, str, str], float | None]:
     """bench_op(case, backend, device): gate, time against the reference, record; returns reference time / ours."""
 
     def run(case: Case, backend: str, device: str) -> float | None:
         at = torch.device(device)
         inputs = case.inputs(at)
-        if backend == "reference":
-            call = case.reference
-        else:
-            chosen = fastedit.explain(case.op, *inputs)
-            able = next((row for row in chosen if row.name == backend), None)
-            if able is None:
-                pytest.skip(f"{case.op} has no implementation {backend}")
-
-            def call(*args: Any) -> Any:
-                with fastedit.backend(backend):
-                    return case.ours(*args)
-
+        call = case.reference if backend == "reference" else _forced(case, backend, inputs)
         try:
             error = case.error(call(*inputs), *inputs)
         except RuntimeError as reason:
             if backend == "reference" or "was asked for" not in str(reason):
                 raise
             pytest.skip(str(reason))
+        # Not `error > tolerance`: that would let a NaN through.
         assert error <= case.tolerance, (
             f"{case.op} {case.id} on {backend}: error {error:.1e} > {case.tolerance:.1e}"
         )
 
-        clock = _cuda_clock if at.type == "cuda" else _process_clock
-        ours, naive = [], []
-        for _ in range(ROUNDS if backend != "reference" else 0):
-            naive.append(clock(case.reference, inputs))
-            ours.append(clock(call, inputs))
-        ratio = statistics.median(naive) / statistics.median(ours) if ours else None
+        peak = clock.peak_bytes(call, inputs, device)
+        if backend == "reference":
+            (seconds,), ratio = clock.interleaved([call], inputs, device, bench_threads, ROUNDS), None
+        else:
+            naive, seconds = clock.interleaved([case.reference, call], inputs, device, bench_threads, ROUNDS)
+            ratio = naive / seconds
 
+        found = _ceilings(request.config, device)
+        floor = found.floor(case.unit, case.flops, case.bytes)
+        figures = {
+            "backend": backend,
+            "dtype": case.dtype,
+            "error": error,
+            "ratio_to_reference": ratio,
+            "flops": case.flops,
+            "bytes": case.bytes,
+            "of_roofline": None if floor is None else floor / seconds,
+            "peak_bytes": peak,
+        }
         benchmark.group = f"{case.op} {case.id} {device}"
-        benchmark.extra_info.update(
-            backend=backend,
-            dtype=case.dtype,
-            error=error,
-            ratio_to_reference=ratio,
-            flops=case.flops,
-            bytes=case.bytes,
-        )
+        benchmark.extra_info.update(figures)
         benchmark.extra_info.update(_machine(device))
         benchmark.pedantic(lambda: _synchronised(call, inputs, at), rounds=3, warmup_rounds=1)
-        seconds = statistics.median(ours) if ours else clock(call, inputs)
-        request.config.stash[_ROWS].append(
+        judged = backend == ("cpu" if case.native else "eager") and device == "cpu" and bench_threads == 1
+        goal = case.goal if judged else None
+        del figures["ratio_to_reference"]
+        request.config.stash[_ROWS].setdefault(device, []).append(
             {
-                "case": f"{case.op} {case.id}",
-                "backend": backend,
-                "ms": 1e3 * seconds,
-                "gflops": case.flops / seconds / 1e9,
+                "op": case.op,
+                "shape": case.shape,
+                "seconds": seconds,
                 "ratio": ratio,
-                "goal": case.goal if backend == "cpu" else None,
-                "error": error,
+                "goal": goal,
+                **figures,
             }
         )
+        if request.config.getoption("--gate") and goal is not None:
+            assert ratio is not None and ratio >= goal, f"{case.op} {case.id}: {ratio:.2f}x, at least {goal}x"
         return ratio
 
     return run
 
 
-def _process_clock(call: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
-    start = time.process_time()
-    call(*inputs)
-    return time.process_time() - start
+def _forced(case: Case, backend: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    if not any(row.name == backend for row in fastedit.explain(case.op)):
+        pytest.skip(f"{case.op} has no implementation {backend}")
+
+    def call(*args: Any) -> Any:
+        with fastedit.backend(backend):
+            return case.ours(*args)
+
+    return call
 
 
-def _cuda_clock(call: Callable[..., Any], inputs: tuple[Any, ...]) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call(*inputs)
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+def _ceilings(config: pytest.Config, device: str) -> ceilings.Ceilings:
+    """Measured once a run, on the threads of this run."""
+    known = config.stash[_CEILINGS]
+    if device not in known:
+        known[device] = ceilings.measure(device)
+    return known[device]
 
 
 def _synchronised(call: Callable[..., Any], inputs: tuple[Any, ...], device: torch.device) -> None:
@@ -127,15 +152,19 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = config.stash[_ROWS]
-    if not rows:
-        return
-    terminalreporter.section("ratio to the reference twin (same dtypes, one thread, interleaved medians)")
-    width = max(len(row["case"]) for row in rows)
-    for row in sorted(rows, key=lambda row: row["case"]):
-        ratio = f"{row['ratio']:5.2f}x" if row["ratio"] is not None else "  1.00x"
-        goal = "" if row["goal"] is None else f"  goal {row['goal']:.1f}x"
-        terminalreporter.write_line(
-            f"{row['case']:<{width}}  {row['backend']:<9} {row['ms']:9.2f} ms {row['gflops']:8.1f} GF/s {ratio} "
-            f" error {row['error']:.0e}{goal}"
+    threads = config.getoption("--wall-threads")
+    for device, rows in config.stash[_ROWS].items():
+        found = config.stash[_CEILINGS][device]
+        clocked = "CUDA events" if device == "cuda" else f"{threads} threads, wall clock"
+        if device == "cpu" and threads == 1:
+            clocked = "one thread, process time"
+        terminalreporter.section(f"ops on {device}: medians, ratio to the reference twin; {clocked}")
+        op_table.show(
+            rows, Console(file=terminalreporter._tw._file, width=max(terminalreporter._tw.fullwidth, 150))
         )
+        peaks = ", ".join(f"{unit} {rate / 1e9:.0f} GF/s" for unit, rate in found.flops.items())
+        terminalreporter.write_line(f"roof: {peaks}, {found.bandwidth / 1e9:.1f} GB/s ({found.source})")
+        document = f"{device}-ops" if threads == 1 or device == "cuda" else f"{device}-ops-{threads}-threads"
+        path = op_table.keep(rows, found, document, device)
+        op_table.plot(rows, found, path.with_name(f"{device}-roofline.png"), f"Ops, {clocked}")
+        terminalreporter.write_line(f"written: {path} and {device}-roofline.png")

@@ -90,6 +90,14 @@ cd "$scratch" || exit 2 # where `python -m pytest` puts the working directory on
 part build 240 bash -c build
 part ceilings 60 "$python" "$root/bench/gpu_report.py" ceilings "$scratch/ceilings.json"
 part tests 240 bash -c 'run_pytest "$@"' _ --junitxml="$scratch/tests.xml" "$root/tests"
+# Finds bad accesses and races of the kernels; not every machine with a device lets it read one.
+if command -v compute-sanitizer >/dev/null; then
+  part sanitizer 200 bash -c 'compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+    "$python" -m pytest --rootdir="$root" -c "$root/pyproject.toml" -p no:cacheprovider -q -m gpu "$@"' _ \
+    ${SANITIZE:+-k "$SANITIZE"} "$root/tests/ops"
+else
+  printf '%-24s no compute-sanitizer on PATH\n' sanitizer
+fi
 part engines-latency 200 bash -c 'run_pytest "$@"' _ -s "$root/bench/test_engines_gpu.py" -k latency
 part engines-memit 300 bash -c 'run_pytest "$@"' _ -s "$root/bench/test_engines_gpu.py" -k memit
 for file in "$root"/bench/test_*.py; do

@@ -13,10 +13,8 @@ import importlib.util
 import json
 import os
 import re
-import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ NEEDED = (
     "pytest_benchmark",
     "hypothesis",
 )
-RATES = {"fp32": "fp32 TFLOP/s", "bf16": "bf16 TFLOP/s", "fp64": "fp64 TFLOP/s"}
 
 
 def check() -> int:
@@ -77,47 +74,34 @@ def add(out: Path, part: str, status: str, seconds: int, benchmarks: Path, junit
 def row(bench: dict[str, Any]) -> dict[str, Any]:
     """One line of an op bench: what conftest's bench_op put into extra_info, and the median."""
     info = bench["extra_info"]
-    keep = ("backend", "dtype", "error", "ratio_to_reference", "flops", "bytes", "commit")
+    keep = (
+        "backend",
+        "dtype",
+        "error",
+        "ratio_to_reference",
+        "flops",
+        "bytes",
+        "of_roofline",
+        "peak_bytes",
+        "commit",
+    )
     seconds = bench["stats"]["median"]
     return {"case": bench["group"] or bench["name"], "seconds": seconds, **{k: info.get(k) for k in keep}}
 
 
 def ceilings(path: Path) -> None:
+    sys.path.append(str(ROOT / "bench"))
     import torch
+    from ceilings import measure
 
     if not torch.cuda.is_available():
         print("skipped: no device")
         return
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-    def seconds(call: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(12):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-        return statistics.median(times[4:])
-
-    found: dict[str, float] = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)):
-        a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
-        found[RATES[name]] = 2 * 8192**3 / seconds(lambda a=a, b=b: a @ b) / 1e12
-    source = torch.randn(1 << 30, device="cuda")
-    target = torch.empty_like(source)
-    found["copy GB/s"] = 2 * source.numel() * 4 / seconds(lambda: target.copy_(source)) / 1e9
-    path.write_text(json.dumps(found))
-    print("  ".join(f"{name} {value:.0f}" for name, value in found.items()))
-
-
-def floor(bench: dict[str, Any], best: dict[str, float]) -> float | None:
-    """Seconds that bytes and operations take at the device's best; the rate is that of the first dtype named."""
-    rate = best.get(RATES.get((bench["dtype"] or "").split()[0] if bench["dtype"] else "", ""))
-    if not best or rate is None or not bench["flops"]:
-        return None
-    return max(bench["flops"] / rate / 1e12, (bench["bytes"] or 0) / best["copy GB/s"] / 1e9)
+    found = measure("cuda")
+    rates = {f"{unit} TFLOP/s": rate / 1e12 for unit, rate in found.flops.items()}
+    rates["copy GB/s"] = found.bandwidth / 1e9
+    path.write_text(json.dumps(rates))
+    print("  ".join(f"{name} {value:.0f}" for name, value in rates.items()))
 
 
 def table(noted: dict[str, Any]) -> list[str]:
@@ -127,10 +111,10 @@ def table(noted: dict[str, Any]) -> list[str]:
     benches = [b for name, part in noted.items() if name.startswith("op-") for b in part.get("figures", [])]
     width = max((len(b["case"]) for b in benches), default=0)
     for bench in benches:
-        ratio, least = bench["ratio_to_reference"], floor(bench, best)
+        ratio, share = bench["ratio_to_reference"], bench["of_roofline"]
         line = f"{bench['case']:<{width}}  {bench['backend'] or '':<9} {1e3 * bench['seconds']:10.3f} ms"
         line += f"  {ratio:7.2f}x" if ratio else " " * 10
-        line += f"  {100 * least / bench['seconds']:3.0f} % of floor" if least else ""
+        line += f"  {100 * share:3.0f} % of roofline" if share else ""
         lines.append(line)
     return lines
 
