@@ -89,6 +89,7 @@ cd "$scratch" || exit 2 # where `python -m pytest` puts the working directory on
 
 part build 240 bash -c build
 part ceilings 60 "$python" "$root/bench/gpu_report.py" ceilings "$scratch/ceilings.json"
+part limits 150 "$python" "$root/bench/gpu_limits.py" "$scratch/limits.json"
 part tests 240 bash -c 'run_pytest "$@"' _ --junitxml="$scratch/tests.xml" "$root/tests"
 # Finds bad accesses and races of the kernels; not every machine with a device lets it read one.
 if command -v compute-sanitizer >/dev/null; then

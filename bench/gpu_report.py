@@ -108,6 +108,8 @@ def table(noted: dict[str, Any]) -> list[str]:
     best = noted.get("ceilings", {}).get("figures") or {}
     lines = [f"{name:<24} {part['status']:<11} {part['seconds']:4d} s" for name, part in noted.items()]
     lines += [f"ceiling {name}: {value:.1f}" for name, value in best.items()]
+    for section, figures in (noted.get("limits", {}).get("figures") or {}).items():
+        lines += [f"{section}, {key}: {json.dumps(value)}" for key, value in figures.items()]
     benches = [b for name, part in noted.items() if name.startswith("op-") for b in part.get("figures", [])]
     width = max((len(b["case"]) for b in benches), default=0)
     for bench in benches:
