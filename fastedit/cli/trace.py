@@ -92,6 +92,7 @@ def trace(
     from fastedit.cli.outputs import check_output, check_plot
     from fastedit.trace import Noise, TraceOptions
     from fastedit.trace.facts import read_facts
+    from fastedit.trace.result import trace_files
 
     if (prompt is None) != (subject is None):
         raise ValueError("--prompt and --subject must be given together, got only one of them")
@@ -118,9 +119,10 @@ def trace(
     options = TraceOptions(kinds=chosen, window=window, tokens=tokens, noise=rule)  # type: ignore[arg-type]
     check_plot(plot, force=force, out=out)
     if prompt is not None and subject is not None:
-        check_output(out, force=force)
         if out is not None and out.suffix not in (".npz", ".json"):
             raise ValueError(f"--out must end in .npz or .json for a prompt, got {str(out)!r}")
+        for file in [] if out is None else [out, *trace_files(out, chosen)]:
+            check_output(file, force=force)
         editor = open_model(model, dtype=dtype, device=device).editor
         found: Any = editor.trace(
             prompt, subject, answer=answer, kinds=chosen, window=window, tokens=tokens, noise=rule
@@ -218,7 +220,7 @@ def _deliver(
     if out is not None:
         with saving(out):
             if isinstance(found, CausalTrace):
-                written += found.save(out)
+                written += found.save(out, force=True)
             else:
                 written += [found.save(out / "average.json"), found.save(out / "average.npz")]
     if plot is not None:

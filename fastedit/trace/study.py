@@ -83,7 +83,7 @@ def trace_facts(
         part = waiting[first : first + batch]
         traces = trace_prompts(session, [prompts[i] for i in part], options, subjects=subjects)
         for i, trace in zip(part, traces, strict=True):
-            trace.save(files[i].with_suffix(".npz"))
+            trace.save(files[i].with_suffix(".npz"), force=True)
             # Last, for it is what says that the fact is done.
             trace.save(files[i])
             found[i] = trace

@@ -31,10 +31,16 @@ FAMILIES = {
     "phi": {},
     "phi3": {},
     "opt": {},
+    "opt-projected": {"word_embed_proj_dim": 20, "do_layer_norm_before": False},
+    "bloom": {},
+    "falcon": {},
+    "falcon-alibi": {"alibi": True},
+    "falcon-grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
 }
 EVERY = ("hidden", "mlp", "attn", "severed_mlp", "severed_attn")
-TEXT, SUBJECT = "The mother tongue of LeBron James is the", "LeBron James"
-START = "LeBron James plays"
+# 11 tokens with the subject at 5 to 9, and 8 with the subject at 0 to 5.
+TEXT, SUBJECT = "the city of Paris is", "Paris"
+START, FIRST = "Marie Curie is the", "Marie Curie"
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +66,7 @@ def double_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def session_of(name: str, dtype: torch.dtype = torch.float64) -> Session:
     kind = name.split("-")[0]
     # Without sdpa the others would round their attention weights too.
-    attention = "eager" if kind in ("gptj", "gemma2") else "sdpa"
+    attention = "eager" if kind in ("gptj", "gemma2", "bloom") else "sdpa"
     model = tiny_model(kind, dtype=dtype, attn_implementation=attention, **FAMILIES.get(name, {}))
     return Session(model.to(dtype), tiny_tokenizer())
 
@@ -70,6 +76,8 @@ def twin(session: Session, prompt: TracePrompt, kind: str, noise: Any, window: i
     arch = session.arch
     embed = next(name for name, module in arch.model.named_modules() if module is arch.embed)
     part = "block" if kind == "hidden" else kind.removeprefix("severed_")
+    if part != "block" and arch.row.residual_inside:
+        part += "_out"  # the module's own output is the residual stream
     names = [arch.name(part, i) for i in range(arch.depth)]
     ids = torch.tensor(prompt.ids)
     if not kind.startswith("severed"):
@@ -96,7 +104,7 @@ def twin(session: Session, prompt: TracePrompt, kind: str, noise: Any, window: i
 
 def draws(session: Session, prompt: TracePrompt, samples: int = 3, scale: float = 1.0, sets: int = 1) -> Any:
     generator = torch.Generator().manual_seed(7)
-    shape = (samples, prompt.span[1] - prompt.span[0], session.arch.width)
+    shape = (samples, prompt.span[1] - prompt.span[0], session.arch.embed.weight.shape[1])
     return [scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(sets)]
 
 
@@ -127,7 +135,7 @@ def test_every_block_type_and_kind_in_double_precision(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "gemma2"])
 def test_windows(name: str, window: int) -> None:
     session = session_of(name)
-    prompt = encode_trace(session, START, SUBJECT)
+    prompt = encode_trace(session, START, FIRST)
     assert prompt.span[0] == 0
     noise = draws(session, prompt, samples=2)
     options = TraceOptions(kinds=("mlp", "attn"), window=window)
@@ -176,7 +184,7 @@ def test_many_prompts_and_any_memory_give_the_same(memory: int) -> None:
     session = session_of("gptj")
     prompts = [
         encode_trace(session, TEXT, SUBJECT),
-        encode_trace(session, START, SUBJECT),
+        encode_trace(session, START, FIRST),
         encode_trace(session, "{} works in the field of", "Marie Curie", "physics"),
     ]
     noise = [draws(session, prompt) for prompt in prompts]

@@ -155,7 +155,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"window": 0}, r"window must be an integer of at least 1, got 0"),
     ({"window": 2.5}, r"window must be an integer of at least 1, got 2.5"),
     ({"tokens": "last"}, r"tokens must be 'all' or 'subject_last', got 'last'"),
-    ({"memory": 0}, r"memory must be at least 1 byte or None, got 0"),
+    ({"memory": 0}, r"memory must be an integer of at least 1 \(bytes\) or None, got 0"),
     ({"noise": 3}, r"noise must be a Noise, got 3"),
     ({"subjects": []}, r"subjects must be one or more strings that are not blank, got \[\]"),
     ({"draws": [torch.zeros(2, 1, 32)]}, r"draws must be of shape \[samples, \d+, 32\], got \[2, 1, 32\]"),
@@ -176,8 +176,11 @@ def test_bad_input(editor: Editor, change: dict[str, Any], message: str) -> None
     [
         ({"samples": 0}, r"noise\.samples must be an integer of at least 1, got 0"),
         ({"sigmas": float("nan")}, r"noise\.sigmas must be a finite number > 0, got nan"),
-        ({"scale": -1.0}, r"noise\.scale must be finite and >= 0, got -1.0"),
-        ({"distribution": "cauchy"}, r"noise\.distribution must be one of gaussian, uniform, got 'cauchy'"),
+        (
+            {"scale": -1.0},
+            r"noise\.scale must be finite and >= 0 \(a number, or one per dimension\), got -1.0",
+        ),
+        ({"distribution": "cauchy"}, r"noise\.distribution must be one of .*, student, got 'cauchy'"),
         ({"seed": -1}, r"noise\.seed must be an integer from 0 to 2\*\*32 - 1, got -1"),
         ({"scale": 1.0, "per_dimension": True}, r"noise\.per_dimension must be False where noise\.scale"),
     ],
@@ -203,7 +206,6 @@ def test_nan_in_the_clean_run() -> None:
         Editor(model, tiny_tokenizer()).trace(TEXT, SUBJECT)
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon", "t5"])
-def test_what_cannot_be_traced_is_refused(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=r"model: causal tracing (cannot run|needs a causal)"):
-        Editor(tiny_model(name), tiny_tokenizer()).trace(TEXT, SUBJECT)
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="model: causal tracing needs a causal language model"):
+        Editor(tiny_model("t5"), tiny_tokenizer()).trace(TEXT, SUBJECT)
