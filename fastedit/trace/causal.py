@@ -13,6 +13,7 @@ from fastedit.session import Session
 from fastedit.trace.base import Base
 from fastedit.trace.budget import Budget, combined, jobs_of
 from fastedit.trace.draws import Draws, DrawsGiven
+from fastedit.trace.embeddings import Moments
 from fastedit.trace.grid import Grid
 from fastedit.trace.head import plain, probabilities
 from fastedit.trace.lanes import Lane
@@ -31,14 +32,14 @@ def trace_prompts(
     options: TraceOptions | None = None,
     *,
     subjects: Sequence[str] | None = None,
-    texts: Iterable[str] | None = None,
+    texts: Iterable[str] | Moments | None = None,
     draws: DrawsGiven | None = None,
 ) -> list[CausalTrace]:
     """Trace prompts, many cells of all of them at a time.
 
     Args:
         subjects: whose embeddings the noise is scaled by; ``None``: those of the prompts.
-        texts: corpus that the ``"multivariate"`` and ``"student"`` noise is measured on.
+        texts: corpus that the ``"multivariate"`` and ``"student"`` noise is measured on, or its `corpus_moments`.
         draws: per prompt one or two sets ``[samples, subject's tokens, d]`` of noise to use as they are, in place of
             ``options.noise``'s draws (``options.noise.replace`` still says how); the second set is for severed kinds.
 

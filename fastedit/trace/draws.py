@@ -23,7 +23,7 @@ class Draws:
 
     Args:
         subjects: whose embeddings the noise is scaled by; ``None``: those of the prompts.
-        texts: corpus of the rules that are measured on one.
+        texts: corpus of the rules that are measured on one, or its moments.
         given: per prompt one or two sets to use as they are.
 
     Raises:
@@ -36,7 +36,7 @@ class Draws:
         prompts: Sequence[TracePrompt],
         options: TraceOptions,
         subjects: Sequence[str] | None = None,
-        texts: Iterable[str] | None = None,
+        texts: Iterable[str] | Moments | None = None,
         given: DrawsGiven | None = None,
     ) -> None:
         self._prompts, self._noise = prompts, options.noise
@@ -61,7 +61,10 @@ class Draws:
                     f"texts must be the texts of a corpus for noise.distribution {self._noise.distribution!r}, "
                     f"got {texts!r}"
                 )
-            self._measured = corpus_moments(session.arch, session.tokenizer, texts)
+            if isinstance(texts, Moments):
+                self._measured = texts
+            else:
+                self._measured = corpus_moments(session.arch, session.tokenizer, texts)
         else:
             names = [prompt.subject for prompt in prompts] if subjects is None else subjects
             embeddings = subject_embeddings(session.arch, session.tokenizer, names)
