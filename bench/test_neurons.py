@@ -22,6 +22,7 @@ from reference.neurons import layer_scores
 from twin_cost import timed
 
 from fastedit.trace.neurons import NeuronOptions, attribute, fractions
+from fastedit.trace.neurons_questions import Row
 
 TOKENS = int(os.environ.get("FASTEDIT_BENCH_TOKENS", "20"))
 STEPS = 20
@@ -47,7 +48,7 @@ def test_neurons(benchmark: Any, ed: Any) -> None:
 
     def ours() -> Any:
         layers = list(range(arch.depth))
-        return attribute(ed.session, [(ids, len(ids) - 1, [answer])], layers, options)[0][0]
+        return attribute(ed.session, [(Row(tuple(ids), len(ids) - 1), (answer,))], layers, options)[0][0]
 
     naive(SAMPLED[-1])  # warm
     before = [timed(lambda layer=layer: naive(layer)) for layer in SAMPLED]

@@ -174,7 +174,7 @@ def test_published_settings() -> None:
         ({"refine": 1}, "refine must be true or false, got 1"),
         ({"old_weight": -1}, "old_weight must be a number >= 0, or None, got -1"),
         ({"new_weight": float("inf")}, "new_weight must be a number >= 0, or None"),
-        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"steps": 0}, "steps must be an integer from 1 to 100000, got 0"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
@@ -190,8 +190,8 @@ def test_bad_requests_change_nothing() -> None:
         ed.solve(request, "kn", old_answer="target_true")
     with pytest.raises(ValueError, match="targets must not be given"):
         ed.solve(REQUEST, "kn", targets=torch.zeros(1, 32))
-    with pytest.raises(ValueError, match="causal decoders, got model_type='bert'"):
-        Editor(tiny_model("bert"), tiny_tokenizer()).solve(REQUEST, "kn")
+    with pytest.raises(ValueError, match="causal and masked models, got model_type='t5'"):
+        Editor(tiny_model("t5"), tiny_tokenizer()).solve(REQUEST, "kn")
     with pytest.raises(ValueError, match="request 'tower': no neuron is above the threshold"):
         # At zero activation the only point of the path gives no gradient through a dead layer.
         with torch.no_grad():
