@@ -17,6 +17,7 @@ from fastedit.editor import Editor
 from fastedit.trace import CausalTrace, Noise
 from fastedit.trace.embeddings import Moments, corpus_moments
 from fastedit.trace.noise_code import noise_fields
+from fastedit.trace.plot import _figure
 from fastedit.trace.result import trace_files
 
 TEXT, SUBJECT = "The mother tongue of LeBron James is the", "LeBron James"
@@ -188,6 +189,10 @@ def test_bars_of_severed_runs(editor: Editor, tmp_path: Path) -> None:
         tokens="subject_last",
         noise=Noise(samples=2),
     )
+    figure = _figure(found, None)
+    figure.canvas.draw()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= figure.bbox.width, "the legend is cut off"
     svg = found.plot(tmp_path / "bars.svg").read_text(encoding="utf-8")
     for text in ("hidden state, MLPs severed", "hidden state, attention severed", "layer restored at token"):
         assert text in svg
