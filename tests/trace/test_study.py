@@ -152,6 +152,14 @@ def test_files_of_facts(tmp_path: Path) -> None:
     path.write_text('{"prompt": "A is", "subject": "A"}\n{"prompt": "B is"}\n')
     with pytest.raises(ValueError, match="record 1: field 'subject' is missing"):
         read_facts(path)
+    path.write_text('{"prompt": "A is", "subject": "A"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"record 1: must be an object, got \[1\]"):
+        read_facts(path)
+    path.write_text('{"prompt": "A is", "subject": "A", "answer": " "}\n')
+    with pytest.raises(
+        ValueError, match="record 0: fact '0': field 'answer' must be a string that is not blank"
+    ):
+        read_facts(path)
     path.write_text('{"id": 1, "prompt": "A is", "subject": "A"}\n' * 2)
     with pytest.raises(ValueError, match="two facts have the id '1'"):
         read_facts(path)
