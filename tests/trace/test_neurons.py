@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -268,3 +269,112 @@ def test_the_editors_door() -> None:
     assert found.neurons == want.neurons and torch.equal(found.scores, want.scores)
     with pytest.raises(ValueError, match="NeuronOptions: unknown option 'step'; known: layers, steps"):
         ed.neurons(PROMPTS[0], "the", step=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "bloom", "bert"])
+def test_on_a_gpu_the_scores_are_the_same(family: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    prompt = f"{PROMPTS[0]} [MASK]" if family == "bert" else PROMPTS[0]
+    here, there = (Session(tiny_model(family).to(device), tokenizer) for device in ("cpu", "cuda"))
+    want, found = (find_neurons(made, prompt, " the", NeuronOptions()) for made in (here, there))
+    assert error(found.scores, want.scores) <= 1e-4
+    assert found.neurons == want.neurons
+
+
+def test_hooks_are_gone_after_any_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be registered, a forward that stops, a backward that stops."""
+
+    def clean(made: Session) -> bool:
+        modules = list(made.model.modules())
+        return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+
+    for family in ("gpt2", "gemma2", "bloom"):
+        made = session(family)
+        target = made.arch.mlp_out(2)
+        places = ((target, "register_forward_pre_hook"), (target, "forward"), (torch.autograd, "grad"))
+        for owner, name in places:
+
+            def stop(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, stop)
+                with pytest.raises(KeyboardInterrupt):
+                    find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=2))
+            vars(target).pop("forward", None)
+            assert clean(made), (family, name)
+            assert find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=2)).scores.isfinite().all()
+
+
+def test_the_callers_inference_mode_does_not_matter() -> None:
+    made = session("gpt2")
+    want = find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=3))
+    with torch.inference_mode():
+        assert torch.equal(find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=3)).scores, want.scores)
+
+
+@pytest.mark.parametrize("answer", [None, " Rome", " physics and chemistry"])
+@pytest.mark.parametrize("family", ["gpt2", "falcon"])
+def test_a_prompt_that_is_too_long_is_refused_before_any_forward(family: str, answer: str | None) -> None:
+    made = session(family)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a forward ran")
+
+    made.model.register_forward_pre_hook(never)
+    with pytest.raises(ValueError, match="prompts: .* tokens with the answer, the model has 128 positions"):
+        find_neurons(made, "word " * 200, answer, NeuronOptions())
+
+
+def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
+    found = find_neurons(session("gpt2"), PROMPTS[0], " the", NeuronOptions(steps=2))
+    for changes in (
+        {"scores": found.scores * float("nan")},
+        {"activations": found.activations / 0},
+        {"probability": (float("nan"),)},
+    ):
+        broken = dataclasses.replace(found, **changes)  # type: ignore[arg-type]
+        for suffix in ("json", "npz"):
+            with pytest.raises(ValueError, match="must be finite to be saved"):
+                broken.save(tmp_path / f"n.{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "n.npz"
+    find_neurons(session("gpt2"), PROMPTS[0], " the", NeuronOptions(steps=2)).save(path)
+    data = path.read_bytes()
+    for broken in (
+        b"",
+        b"no archive",
+        data[: len(data) // 2],
+        data[:-100],
+        data[:200] + b"x" * 50 + data[250:],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="path must be a file that Neurons.save wrote") as caught:
+            Neurons.load(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        Neurons.load(tmp_path / "none.npz")
+
+
+def test_options_of_the_wrong_kind_are_one_line() -> None:
+    ed = Editor(session("gpt2").model, tiny_tokenizer())
+    for options, message in (
+        ({"steps": [1]}, "steps must be an integer"),
+        ({"steps": True}, "steps must be an integer"),
+        ({"grid": ["left"]}, "grid must be one of"),
+        ({"layers": 3}, "layers must be a non-empty list"),
+        ({"layers": [[1]]}, "layers must be a non-empty list"),
+        ({"p": "0.5"}, "p must be a number"),
+        ({"adaptive_threshold": -0.1}, "adaptive_threshold must be a number from 0 to 1"),
+        ({"memory": 1.5}, "memory must be a number of bytes"),
+        ({"memory": -1}, "memory must be a number of bytes"),
+        ({"memory_budget": 5}, "NeuronOptions: unknown option 'memory_budget'; known: "),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            ed.neurons(PROMPTS[0], "the", **options)
+        assert "\n" not in str(caught.value)
