@@ -95,7 +95,8 @@ def _figure(found: Neurons) -> Figure:
     for axis in (above, below):
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
-    others = f" (and {len(found.prompts) - 1} more prompts)" if len(found.prompts) > 1 else ""
+    more = len(found.prompts) - 1
+    others = f" (and {more} more prompt{'s'[: more != 1]})" if more else ""
     title = " ".join(f"{found.prompts[0]} → {found.answer.strip()}{others}".split())
     # A dollar sign would start mathematics; a long prompt would run over the edge.
     figure.suptitle(
