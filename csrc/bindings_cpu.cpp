@@ -43,13 +43,18 @@ py::dict info() {
     return out;
 }
 
-void second_moment(std::uintptr_t keys, int key_type, std::int64_t key_stride, std::uintptr_t rows,
-                   std::int64_t tokens, std::int64_t d, std::uintptr_t master, int master_type,
-                   std::int64_t master_stride, int threads) {
+// Keys, their row stride, master, its row stride.
+using MomentLayer = std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>;
+
+void second_moment(const std::vector<MomentLayer>& layers, int key_type, int master_type, std::uintptr_t rows,
+                   std::int64_t tokens, std::int64_t d, bool exact, int threads) {
     py::gil_scoped_release release;
-    fastedit::second_moment({pointer<const void>(keys), static_cast<KeyType>(key_type), key_stride,
-                             pointer<const std::int64_t>(rows), tokens, d, pointer<void>(master),
-                             static_cast<MasterType>(master_type), master_stride, threads});
+    std::vector<fastedit::SecondMomentLayer> each;
+    for (const auto& [keys, key_stride, master, master_stride] : layers)
+        each.push_back({pointer<const void>(keys), key_stride, pointer<void>(master), master_stride});
+    fastedit::second_moment({each.data(), static_cast<std::int64_t>(each.size()),
+                             static_cast<KeyType>(key_type), static_cast<MasterType>(master_type),
+                             pointer<const std::int64_t>(rows), tokens, d, exact, threads});
 }
 
 void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_stride, std::uintptr_t left,
@@ -203,9 +208,8 @@ void target_loss(const HeadWeight& weight, std::uintptr_t bias, const HeadRows& 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of fastedit; called through fastedit.ops, which checks the arguments.";
     m.def("info", &info, "The instruction-set level in use, those this machine can run, the compiler.");
-    m.def("second_moment", &second_moment, py::arg("keys"), py::arg("key_type"), py::arg("key_stride"),
-          py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("master"), py::arg("master_type"),
-          py::arg("master_stride"), py::arg("threads"));
+    m.def("second_moment", &second_moment, py::arg("layers"), py::arg("key_type"), py::arg("master_type"),
+          py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("exact"), py::arg("threads"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),
