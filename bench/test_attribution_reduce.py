@@ -55,4 +55,4 @@ GPU = [
     for dtype in BOTH
 ]
 
-test_cpu, test_gpu = op_benches(CPU, GPU, native=["cpu"], device=["triton"])
+test_cpu, test_gpu = op_benches(CPU, GPU, device=["triton"])
