@@ -15,9 +15,11 @@ _LAZY = {
     "ProjectorMetric": "edit_solve",
     "cholesky_factor": "edit_solve",
     "delta_step_": "delta_step",
+    "magnitude_mask_": "kth_magnitude",
     "mirror_": "second_moment",
     "rank_update_": "rank_update",
     "second_moment_": "second_moment",
+    "topk_keys": "nearest_key",
 }
 
 __all__ = [
@@ -26,9 +28,11 @@ __all__ = [
     "ProjectorMetric",
     "cholesky_factor",
     "delta_step_",
+    "magnitude_mask_",
     "mirror_",
     "rank_update_",
     "second_moment_",
+    "topk_keys",
 ]
 
 
