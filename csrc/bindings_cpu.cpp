@@ -51,7 +51,8 @@ void second_moment(std::uintptr_t keys, int key_type, std::int64_t key_stride, s
 void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_stride, std::uintptr_t left,
                  std::int64_t left_row_stride, std::int64_t left_rank_stride, std::uintptr_t right,
                  std::int64_t right_rank_stride, std::int64_t right_column_stride, int factor_type,
-                 std::int64_t rows, std::int64_t columns, std::int64_t rank, double alpha, int threads) {
+                 std::int64_t rows, std::int64_t columns, std::int64_t rank, double alpha, int threads,
+                 std::uintptr_t norms) {
     py::gil_scoped_release release;
     fastedit::rank_update({pointer<void>(weight),
                            static_cast<WeightType>(weight_type),
@@ -65,7 +66,8 @@ void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_str
                            columns,
                            rank,
                            alpha,
-                           threads});
+                           threads,
+                           pointer<double>(norms)});
 }
 
 // A [tokens, heads, d] tensor: address, type, strides of tokens and heads.
@@ -130,7 +132,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),
-          py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("alpha"), py::arg("threads"));
+          py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("alpha"), py::arg("threads"),
+          py::arg("norms"));
     m.def("branch_attention", &branch_attention, py::arg("inputs"), py::arg("index"), py::arg("sizes"),
           py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("lse"), py::arg("out"),
           py::arg("threads"));
