@@ -11,6 +11,7 @@
 
 #include "cpu/branch_attention.h"
 #include "cpu/isa.h"
+#include "cpu/lowrank_transform.h"
 #include "cpu/rank_update.h"
 #include "cpu/second_moment.h"
 
@@ -19,6 +20,7 @@ using fastedit::BranchType;
 using fastedit::FactorType;
 using fastedit::KeyType;
 using fastedit::MasterType;
+using fastedit::RowType;
 using fastedit::WeightType;
 
 namespace {
@@ -121,6 +123,52 @@ void branch_attention_backward(const std::vector<Rows>& inputs, const BranchInde
     fastedit::branch_attention_backward(args);
 }
 
+// A matrix of unit column stride: address, type, row stride, columns.
+using Matrix = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t>;
+
+fastedit::RowMatrix matrix_of(const Matrix& matrix) {
+    const auto& [address, type, stride, width] = matrix;
+    return {pointer<const void>(address), static_cast<RowType>(type), stride, width};
+}
+
+// V, its row stride, U, its row stride, rank, bias, scale, shift, a copy of the input or 0, a, hidden, its
+// row stride
+using Layer =
+    std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t,
+               std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t>;
+
+void lowrank_transform(const Matrix& x, const Matrix& d, std::uintptr_t mean, std::uintptr_t deviation,
+                       std::uintptr_t mode, std::uintptr_t z, std::int64_t n,
+                       const std::vector<Layer>& layers, bool clamp_first, int threads) {
+    py::gil_scoped_release release;
+    std::vector<fastedit::LowrankLayer> each;
+    for (const auto& [V, V_stride, U, U_stride, rank, bias, scale, shift, input, a, hidden, hidden_stride] :
+         layers)
+        each.push_back({pointer<const float>(V), pointer<const float>(U), pointer<const float>(bias),
+                        pointer<const float>(scale), pointer<const float>(shift), V_stride, U_stride, rank,
+                        pointer<float>(input), pointer<float>(a), pointer<float>(hidden), hidden_stride});
+    const fastedit::NormaliseArgs start{{matrix_of(x), matrix_of(d)},
+                                        pointer<const float>(mean),
+                                        pointer<const float>(deviation),
+                                        pointer<const std::int64_t>(mode),
+                                        pointer<float>(z)};
+    fastedit::lowrank_transform({start, each.data(), static_cast<std::int64_t>(each.size()), n,
+                                 start.parts[0].width + start.parts[1].width, clamp_first, threads});
+}
+
+void lowrank_residual_backward(std::uintptr_t dz, std::uintptr_t a, std::uintptr_t scale,
+                               std::uintptr_t shift, std::uintptr_t mode, std::uintptr_t da,
+                               std::uintptr_t dbias, std::uintptr_t dscale, std::uintptr_t dshift,
+                               std::int64_t n, std::int64_t d, std::int64_t modules, bool clamp_first,
+                               int threads) {
+    py::gil_scoped_release release;
+    fastedit::lowrank_residual_backward({pointer<const float>(dz), pointer<const float>(a),
+                                         pointer<const float>(scale), pointer<const float>(shift),
+                                         pointer<const std::int64_t>(mode), pointer<float>(da),
+                                         pointer<float>(dbias), pointer<float>(dscale),
+                                         pointer<float>(dshift), n, d, modules, clamp_first, threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -129,6 +177,13 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("second_moment", &second_moment, py::arg("keys"), py::arg("key_type"), py::arg("key_stride"),
           py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("master"), py::arg("master_type"),
           py::arg("master_stride"), py::arg("threads"));
+    m.def("lowrank_residual_backward", &lowrank_residual_backward, py::arg("dz"), py::arg("a"),
+          py::arg("scale"), py::arg("shift"), py::arg("mode"), py::arg("da"), py::arg("dbias"),
+          py::arg("dscale"), py::arg("dshift"), py::arg("n"), py::arg("d"), py::arg("modules"),
+          py::arg("clamp_first"), py::arg("threads"));
+    m.def("lowrank_transform", &lowrank_transform, py::arg("x"), py::arg("d"), py::arg("mean"),
+          py::arg("deviation"), py::arg("mode"), py::arg("z"), py::arg("n"), py::arg("layers"),
+          py::arg("clamp_first"), py::arg("threads"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),
