@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "cpu/branch_attention.h"
+#include "cpu/delta_step.h"
 #include "cpu/isa.h"
 #include "cpu/lowrank_transform.h"
 #include "cpu/rank_update.h"
+#include "cpu/row_moments.h"
 #include "cpu/second_moment.h"
 
 namespace py = pybind11;
@@ -169,6 +171,47 @@ void lowrank_residual_backward(std::uintptr_t dz, std::uintptr_t a, std::uintptr
                                          pointer<float>(dshift), n, d, modules, clamp_first, threads});
 }
 
+// Count, mean and m2 of a state, with the strides of the last two, or of its trail, which has none.
+using Moments = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;
+
+void row_moments(const Matrix& x, const Matrix& d, std::uintptr_t mask,
+                 const std::vector<std::int64_t>& batches, bool inflated, const Moments& state,
+                 const Moments& trail, bool float64, int threads) {
+    py::gil_scoped_release release;
+    const auto& [count, mean, m2, mean_stride, m2_stride] = state;
+    const auto& [counts, means, m2s, unused, unused2] = trail;
+    fastedit::row_moments({{matrix_of(x), matrix_of(d)},
+                           pointer<const std::uint8_t>(mask),
+                           batches.data(),
+                           static_cast<std::int64_t>(batches.size()),
+                           inflated,
+                           pointer<std::int64_t>(count),
+                           pointer<void>(mean),
+                           pointer<void>(m2),
+                           mean_stride,
+                           m2_stride,
+                           float64,
+                           pointer<std::int64_t>(counts),
+                           pointer<void>(means),
+                           pointer<void>(m2s),
+                           threads});
+}
+
+// Address and row stride of a float32 matrix of unit column stride.
+using Rows32 = std::tuple<std::uintptr_t, std::int64_t>;
+
+void delta_step(const Rows32& delta, const Matrix& grad, const Rows32& exp_avg, const Rows32& exp_avg_sq,
+                std::uintptr_t step, std::uintptr_t init_norm, std::uintptr_t active, std::int64_t rows,
+                const std::vector<double>& rates, int threads) {
+    py::gil_scoped_release release;
+    fastedit::delta_step({pointer<float>(std::get<0>(delta)), std::get<1>(delta), matrix_of(grad),
+                          pointer<float>(std::get<0>(exp_avg)), std::get<1>(exp_avg),
+                          pointer<float>(std::get<0>(exp_avg_sq)), std::get<1>(exp_avg_sq),
+                          pointer<std::int64_t>(step), pointer<const float>(init_norm),
+                          pointer<const std::uint8_t>(active), rows, rates.at(0), rates.at(1), rates.at(2),
+                          rates.at(3), rates.at(4), rates.at(5), threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -177,6 +220,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("second_moment", &second_moment, py::arg("keys"), py::arg("key_type"), py::arg("key_stride"),
           py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("master"), py::arg("master_type"),
           py::arg("master_stride"), py::arg("threads"));
+    m.def("delta_step", &delta_step, py::arg("delta"), py::arg("grad"), py::arg("exp_avg"),
+          py::arg("exp_avg_sq"), py::arg("step"), py::arg("init_norm"), py::arg("active"), py::arg("rows"),
+          py::arg("rates"), py::arg("threads"));
+    m.def("row_moments", &row_moments, py::arg("x"), py::arg("d"), py::arg("mask"), py::arg("batches"),
+          py::arg("inflated"), py::arg("state"), py::arg("trail"), py::arg("float64"), py::arg("threads"));
     m.def("lowrank_residual_backward", &lowrank_residual_backward, py::arg("dz"), py::arg("a"),
           py::arg("scale"), py::arg("shift"), py::arg("mode"), py::arg("da"), py::arg("dbias"),
           py::arg("dscale"), py::arg("dshift"), py::arg("n"), py::arg("d"), py::arg("modules"),

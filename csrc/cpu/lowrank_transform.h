@@ -4,17 +4,9 @@
 #include <cstdint>
 
 #include "cpu/levels.h"
+#include "cpu/row_matrix.h"
 
 namespace fastedit {
-
-enum class RowType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-// A [rows, width] matrix of unit column stride.
-struct RowMatrix {
-    const void* data;
-    RowType type;
-    std::int64_t stride, width;
-};
 
 // z = ([x | d] - mean) / deviation: row i takes row mode[i] of the tables, row 0 without modes.
 struct NormaliseArgs {

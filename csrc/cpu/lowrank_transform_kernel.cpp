@@ -81,6 +81,8 @@ void lowrank_normalise_row(const NormaliseArgs& args, std::int64_t row) {
                 normalise(static_cast<const Float16*>(part.data) + row * part.stride, mean, deviation, out,
                           part.width);
                 break;
+            case RowType::kFloat64:  // left to the eager default
+                break;
         }
         out += part.width;
         if (mean != nullptr) mean += part.width, deviation += part.width;

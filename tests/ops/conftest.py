@@ -16,7 +16,8 @@ def _levels() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`cpu_level`, and `implementation` after the eager default, goes through every level of the compiled CPU kernels that this machine can run."""
+    """`cpu_level` goes through every level of the compiled CPU kernels that this machine can run; so does
+    `implementation`, after the eager default."""
     if "cpu_level" in metafunc.fixturenames:
         missing = pytest.param(
             None, marks=pytest.mark.skip(reason="fastedit._cpu is not built: `make build`")
