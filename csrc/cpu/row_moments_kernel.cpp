@@ -10,9 +10,22 @@ namespace fastedit {
 namespace FASTEDIT_LEVEL {
 namespace {
 
-// Rows whose block of columns is still in the second-level cache when their mean is known.
-constexpr std::int64_t kChunk = 256;
+// Rows that are widened into the first-level cache and summed twice there: for their mean, then around it.
+constexpr std::int64_t kChunk = 32;
 constexpr std::int64_t kWidth = kRowMomentsColumns;
+
+// As many doubles as a register holds: GCC 12 takes wider conversions apart.
+constexpr int kPair = kLanes / 2;
+typedef double Doubles __attribute__((vector_size(8 * kPair)));
+typedef double UnalignedDoubles __attribute__((vector_size(8 * kPair), aligned(8), may_alias));
+typedef float Floats __attribute__((vector_size(4 * kPair), aligned(4), may_alias));
+
+inline Doubles doubles(const float* from) {
+    return __builtin_convertvector(*reinterpret_cast<const Floats*>(from), Doubles);
+}
+inline Doubles doubles(const double* from) {
+    return *reinterpret_cast<const UnalignedDoubles*>(from);
+}
 
 struct Moments {
     std::int64_t count = 0;
@@ -33,6 +46,7 @@ struct Moments {
 
 inline void widen_row(const double* from, double* to, std::int64_t n) {
     __builtin_memcpy(to, from, static_cast<std::size_t>(n) * sizeof(double));
+    for (std::int64_t j = n; j < padded(n); ++j) to[j] = 0.0;
 }
 template <typename T>
 struct Wide {
@@ -46,24 +60,22 @@ struct Wide<double> {
 template <typename T>
 inline void add_chunk(const T* from, std::int64_t stride, std::int64_t rows, const std::uint8_t* mask,
                       std::int64_t n, Moments& batch) {
-    typename Wide<T>::Type wide[kWidth + 16];
-    double mean[kWidth] = {}, spread[kWidth] = {};
+    typename Wide<T>::Type wide[kChunk][kWidth];
+    double mean[kWidth], spread[kWidth];
     std::int64_t count = 0;
-    for (std::int64_t row = 0; row < rows; ++row) {
-        if (mask != nullptr && mask[row] == 0) continue;
-        widen_row(from + row * stride, wide, n);
-        for (std::int64_t j = 0; j < n; ++j) mean[j] += static_cast<double>(wide[j]);
-        ++count;
-    }
+    for (std::int64_t row = 0; row < rows; ++row)
+        if (mask == nullptr || mask[row] != 0) widen_row(from + row * stride, wide[count++], n);
     if (count == 0) return;
-    for (std::int64_t j = 0; j < n; ++j) mean[j] /= static_cast<double>(count);
-    for (std::int64_t row = 0; row < rows; ++row) {
-        if (mask != nullptr && mask[row] == 0) continue;
-        widen_row(from + row * stride, wide, n);
-        for (std::int64_t j = 0; j < n; ++j) {
-            const double away = static_cast<double>(wide[j]) - mean[j];
-            spread[j] += away * away;
+    for (std::int64_t j = 0; j < n; j += kPair) {
+        Doubles sum = {}, squares = {};
+        for (std::int64_t row = 0; row < count; ++row) sum += doubles(wide[row] + j);
+        sum /= static_cast<double>(count);
+        for (std::int64_t row = 0; row < count; ++row) {
+            const Doubles away = doubles(wide[row] + j) - sum;
+            squares += away * away;
         }
+        *reinterpret_cast<UnalignedDoubles*>(mean + j) = sum;
+        *reinterpret_cast<UnalignedDoubles*>(spread + j) = squares;
     }
     batch.merge(count, mean, spread, 1.0, n);
 }
