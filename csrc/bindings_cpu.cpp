@@ -11,6 +11,7 @@
 
 #include "cpu/branch_attention.h"
 #include "cpu/isa.h"
+#include "cpu/packed_solve.h"
 #include "cpu/rank_update.h"
 #include "cpu/second_moment.h"
 
@@ -119,6 +120,13 @@ void branch_attention_backward(const std::vector<Rows>& inputs, const BranchInde
     fastedit::branch_attention_backward(args);
 }
 
+void packed_solve(std::uintptr_t packed, std::int64_t width, std::uintptr_t rows, std::int64_t row_stride,
+                  std::int64_t count, bool transposed, int threads) {
+    py::gil_scoped_release release;
+    fastedit::packed_solve({pointer<const double>(packed), width, pointer<double>(rows), row_stride, count,
+                            transposed, threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -127,6 +135,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("second_moment", &second_moment, py::arg("keys"), py::arg("key_type"), py::arg("key_stride"),
           py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("master"), py::arg("master_type"),
           py::arg("master_stride"), py::arg("threads"));
+    m.def("packed_solve", &packed_solve, py::arg("packed"), py::arg("width"), py::arg("rows"),
+          py::arg("row_stride"), py::arg("count"), py::arg("transposed"), py::arg("threads"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),
