@@ -11,7 +11,9 @@ from typing import Any
 
 _LAZY = {
     "CholeskyMetric": "edit_solve",
+    "EditHistory": "edit_history",
     "IdentityMetric": "edit_solve",
+    "PackedMetric": "edit_solve",
     "ProjectorMetric": "edit_solve",
     "cholesky_factor": "edit_solve",
     "delta_step_": "delta_step",
@@ -22,7 +24,9 @@ _LAZY = {
 
 __all__ = [
     "CholeskyMetric",
+    "EditHistory",
     "IdentityMetric",
+    "PackedMetric",
     "ProjectorMetric",
     "cholesky_factor",
     "delta_step_",

@@ -84,7 +84,9 @@ def packed_solve(packed: Tensor, rows: Tensor, *, transposed: bool = False) -> T
         raise ValueError(f"rows must be float of shape [..., n, f], got {rows.dtype} of {list(rows.shape)}")
     _check_packed(packed, rows.shape[-1])
     if packed.ndim > 1 and packed.shape[:-1] != rows.shape[:-2]:
-        raise ValueError(f"packed must have the batch shape of rows {list(rows.shape)}, got {list(packed.shape)}")
+        raise ValueError(
+            f"packed must have the batch shape of rows {list(rows.shape)}, got {list(packed.shape)}"
+        )
     if packed.device != rows.device:
         raise ValueError(f"packed must be on rows' device {rows.device}, got {packed.device}")
     solved: Tensor = _op(packed.detach(), rows.detach(), transposed)
@@ -109,7 +111,7 @@ def _columns(packed: Tensor, width: int) -> Iterator[Tensor]:
     at = 0
     for start, stop in _spans(width):
         size = (width - start) * (stop - start)
-        yield packed[..., at : at + size].unflatten(-1, (width - start, stop - start))
+        yield packed[..., at : at + size].view(*packed.shape[:-1], width - start, stop - start)
         at += size
 
 

@@ -336,4 +336,8 @@ def test_opcheck_and_explain() -> None:
     torch.library.opcheck(_op, ("cholesky", metric.lower, K.float(), R.float(), 1.0, history))
     torch.library.opcheck(_op, ("identity", None, K[:1], R[:1], 1.0, None))
     torch.library.opcheck(_op, ("identity", None, K, R[:, :2], 0.0, None))
-    assert [row.name for row in fastedit.explain("edit_solve", metric, K, R, mu=1.0)] == ["eager"]
+    torch.library.opcheck(_op, ("packed", pack_factor(metric.lower), K, R, 1.0, history))
+    moment = metric.lower @ metric.lower.mT
+    torch.library.opcheck(_op, ("refined", metric.lower.float(), K, R, 1.0, history, moment))
+    rows = fastedit.explain("edit_solve", metric, K, R, mu=1.0)
+    assert [(row.name, row.chosen) for row in rows] == [("cpu", False), ("eager", True)]
