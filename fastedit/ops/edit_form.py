@@ -8,7 +8,16 @@ from torch import Tensor
 from fastedit.ops.edit_metric import RowMap, whitening
 from fastedit.ops.packed_solve import unpack_factor
 
-__all__ = ["DIRECT_ABOVE", "factors_of", "gram", "not_definite", "solve_form", "solve_spd"]
+__all__ = [
+    "DIRECT_ABOVE",
+    "factors_of",
+    "gram",
+    "identity_like",
+    "not_definite",
+    "owned",
+    "solve_form",
+    "solve_spd",
+]
 
 # Above this ratio of keys to metric dimension one f x f Cholesky costs less than the N x N one with its two triangular
 # solves of N columns (both give the same Delta). docs/architecture.md has the measurement.

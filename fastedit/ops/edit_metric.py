@@ -16,7 +16,11 @@ __all__ = [
     "Metric",
     "PackedMetric",
     "ProjectorMetric",
+    "RowMap",
+    "check_keys",
     "cholesky_factor",
+    "split",
+    "whitening",
 ]
 
 
@@ -200,8 +204,8 @@ def _same(X: Tensor) -> Tensor:
 
 
 _ROUNDS, _STEPS = 6, 40  # of refinement; of conjugate gradients in each
-_ENOUGH = 1e-14  # relative residual that a float64 factor leaves
-_TOO_MUCH = 1e-10
+_ENOUGH = 2.0**-52  # backward error, |k - x C| / (|k| + |x| |C|), that a float64 factor leaves
+_TOO_MUCH = 1e-13
 
 
 def _refined(lower: Tensor, C: Tensor, K: Tensor) -> Tensor:
@@ -220,20 +224,21 @@ def _refined(lower: Tensor, C: Tensor, K: Tensor) -> Tensor:
         whole: Tensor = solved.mT.double() * scale
         return whole
 
-    size = K.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(K.dtype).tiny)
+    size = C.norm(dim=(-2, -1), keepdim=True)
     X, best, left = torch.zeros_like(K), torch.zeros_like(K), float("inf")
     for _ in range(_ROUNDS):
         r = K - X @ C
-        residual = float((r.norm(dim=-1, keepdim=True) / size).max())
-        if not residual < left / 2:  # as far as float64 goes
+        scale = K.norm(dim=-1, keepdim=True) + size * X.norm(dim=-1, keepdim=True)
+        error = float((r.norm(dim=-1, keepdim=True) / scale.clamp_min(torch.finfo(K.dtype).tiny)).max())
+        if not error < left / 2:  # as far as float64 goes
             break
-        best, left = X, residual
-        if residual <= _ENOUGH:
+        best, left = X, error
+        if error <= _ENOUGH:
             break
         X = X + _gradients(C, r, precondition)
     if not left <= _TOO_MUCH:
         raise ValueError(
-            f"metric.lower in float32 is too far from metric.moment: the refined residual stays at {left:.1e}; "
+            f"metric.lower in float32 is too far from metric.moment: the refined error stays at {left:.1e}; "
             "factor the moment in float64"
         )
     return best

@@ -144,9 +144,11 @@ def _fake(packed: Tensor, rows: Tensor, transposed: bool) -> Tensor:
 
 def _run_cpu(native: Callable[..., Any], packed: Tensor, rows: Tensor, transposed: bool) -> Tensor:
     X = _own(rows)
+    if X.numel() == 0:
+        return X
     n, width = X.shape[-2:]
     factors = packed.contiguous().view(-1, packed.shape[-1])
-    problems = X.view(-1, n, width) if len(factors) > 1 else X.view(1, -1, width)
+    problems = X.view(-1, n, width) if packed.ndim > 1 else X.view(1, -1, width)
     for factor, problem in zip(factors, problems, strict=True):
         native(
             packed=factor.data_ptr(),
