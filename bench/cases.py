@@ -54,7 +54,8 @@ class Case:
     tolerance: float
     flops: float
     bytes: float
-    goal: float | None = None  # ratio to the reference that the compiled kernel must reach on one CPU thread
+    goal: float | None = None  # ratio to the reference that must be reached on one CPU thread
+    goal_on: str = "cpu"  # the implementation that must reach it
 
     @property
     def id(self) -> str:

@@ -91,7 +91,7 @@ def bench_op(
                 "ms": 1e3 * seconds,
                 "gflops": case.flops / seconds / 1e9,
                 "ratio": ratio,
-                "goal": case.goal if backend == "cpu" else None,
+                "goal": case.goal if backend == case.goal_on else None,
                 "error": error,
             }
         )

@@ -19,9 +19,11 @@ __all__ = [
     "solve_spd",
 ]
 
-# Above this ratio of keys to metric dimension one f x f Cholesky costs less than the N x N one with its two triangular
-# solves of N columns (both give the same Delta). docs/architecture.md has the measurement.
-DIRECT_ABOVE = 0.6
+# Above this ratio of keys to metric dimension the f x f Cholesky costs less than the N x N one with its two passes of
+# N rows (both give the same Delta). Dual time over direct time at ratios 0.6, 0.8, 1.0, 1.3 (f = 2048, d = 512, one
+# thread, AVX-512): packed factor 0.51 0.69 1.06 1.25; thin projector 0.65 0.77 0.98 1.05; complement 0.69 0.79 1.00
+# 1.08; identity 0.36 0.54 0.96 1.21. At f = 1024 alike; with d = 2 f they meet at 0.8-0.9.
+DIRECT_ABOVE = 1.0
 _PANEL = 512  # columns of a symmetric product computed at a time; only the lower triangle is ever read
 
 

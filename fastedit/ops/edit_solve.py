@@ -85,8 +85,8 @@ def edit_solve(
 
     Returns (left [..., d, r], right [..., r, f]) in float64 with Delta = left @ right, r = min(n, d): for n > d the
     left factor is the identity. For several targets left is a tuple, one per target, and d the sum of theirs.
-    Everything inside is float64. When n + m exceeds 0.6 of the metric's dimension the f x f form (mu C + K^T K) is
-    factored instead: the same Delta, cheaper.
+    Everything inside is float64. When n + m exceeds the metric's dimension the f x f form (mu C + K^T K) is factored
+    instead: the same Delta, cheaper.
     Raises ValueError for wrong shapes, mu < 0 or non-finite keys, TypeError for an unknown metric.
 
         left, right = edit_solve(PackedMetric.of(cholesky_factor(C)), K, R, mu=15000.0)
