@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops.edit_form import DIRECT_ABOVE, factors_of, gram, not_definite, solve_spd
-from fastedit.ops.edit_metric import Metric, check_keys, split, whitening
+from fastedit.ops.edit_metric import Metric, check_keys, split, thin_product, whitening
 from fastedit.ops.edit_rows import RowFactor
 from fastedit.ops.packed_solve import pack_factor, packed_factor_size, packed_solve, unpack_factor
 
@@ -171,7 +171,7 @@ class EditHistory:
                 return eye, self._unwhiten(solve_spd(lower, Y.mT @ R).mT).contiguous()
             return R.mT.clone(), self._unwhiten(solve_spd(lower, Y.mT).mT).contiguous()
         B, D = self._border(Y)
-        T = Y - self._factor.solve(B, transposed=True) @ past
+        T = Y - thin_product(self._factor.solve(B, transposed=True), past)
         return factors_of(T, lambda X: solve_spd(D, X), R, self.width, self._unwhiten)
 
     def fold(self) -> None:
@@ -253,7 +253,7 @@ class EditHistory:
 
     def _border(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """B [n, m], D [n, n]: the rows that new whitened keys add to the Gram matrix's factor."""
-        B = self._factor.solve(Y @ self._keys.double().mT, transposed=False)
+        B = self._factor.solve(thin_product(Y, self._keys.double().mT), transposed=False)
         S = gram(Y, self._ridge) - B @ B.mT
         return B, self._cholesky(S, f"the Gram matrix of {len(Y)} keys after {self.open} past ones")
 

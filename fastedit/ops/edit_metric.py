@@ -20,6 +20,7 @@ __all__ = [
     "check_keys",
     "cholesky_factor",
     "split",
+    "thin_product",
     "whitening",
 ]
 
@@ -189,14 +190,37 @@ def whitening(kind: str, factor: Tensor | None, moment: Tensor | None) -> tuple[
             lambda X: torch.linalg.solve_triangular(U.mT, X.mT, upper=True).mT,
         )
     if kind == "basis":
-        return (lambda X: X @ U), (lambda X: X @ U.mT)
+        return (lambda X: thin_product(X, U)), (lambda X: thin_product(X, U.mT))
 
     def project(X: Tensor) -> Tensor:
-        # Twice: after one pass the part along U is rounding of X, after two it is rounding of the result.
-        X = X - (X @ U) @ U.mT
-        return X - (X @ U) @ U.mT
+        return X - thin_product(thin_product(X, U), U.mT)
 
-    return project, project
+    # Twice: after one pass the part along U is rounding of X, after two it is rounding of the result. What comes back
+    # is made of rows that went through, and has no such part to begin with.
+    return (lambda X: project(project(X))), project
+
+
+_SLAB = 128  # rows or columns of a matrix that lie together, of a size that stays in the L2 cache
+_MANY = 192  # rows from which the BLAS is as fast in one call
+
+
+def thin_product(X: Tensor, V: Tensor) -> Tensor:
+    """X V for few rows X [n, p] and a large V [p, q], by the slabs of V that lie together in memory.
+
+    In one call the BLAS rearranges all of V for each product, which costs a third of the time at n = 100.
+    """
+    if X.ndim > 2 or V.ndim > 2 or not 8 < X.shape[0] < _MANY or V.device.type != "cpu":
+        return X @ V
+    p, q = V.shape
+    if V.stride(0) == 1:
+        columns = X.new_empty(X.shape[0], q)
+        for start in range(0, q, _SLAB):
+            columns[:, start : start + _SLAB] = X @ V[:, start : start + _SLAB]
+        return columns
+    found = X.new_zeros(X.shape[0], q)
+    for start in range(0, p, _SLAB):
+        found.addmm_(X[:, start : start + _SLAB], V[start : start + _SLAB])
+    return found
 
 
 def _same(X: Tensor) -> Tensor:
