@@ -171,28 +171,91 @@ def ultraedit_case(shape: str, f: int, d: int, n: int, goal: float) -> Case:
     )
 
 
-def cases(shape: str, f: int) -> list[Case]:
+def sequential_case(shape: str, f: int, d: int, old: int, n: int, goal: float | None) -> Case:
+    """MEMIT's n edits after `old` others, past as an `EditHistory`; the reference has the past moment at hand."""
+    kept: dict[str, Any] = {}
+
+    def inputs(device: torch.device) -> tuple[Any, ...]:
+        metric, past = PackedMetric.of(moment(f, device)[1]), randn(device, old, f)
+        kept.update(C=past.T @ past, history=EditHistory(metric, f, mu=15000.0))
+        kept["history"].append(past)
+        return metric, randn(device, n, f), randn(device, n, d), 15000.0, past
+
+    def ours(metric: PackedMetric, K: Tensor, R: Tensor, mu: float, past: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = kept["history"].solve(K, R)
+        return found
+
+    def naive(metric: PackedMetric, K: Tensor, R: Tensor, mu: float, past: Tensor) -> Tensor:
+        return R.T @ torch.linalg.solve(mu * moment(f, K.device)[0] + kept["C"] + K.T @ K, K.T).T
+
+    def error(found: Solved, metric: PackedMetric, K: Tensor, R: Tensor, mu: float, past: Tensor) -> float:
+        C = moment(f, K.device)[0]
+
+        def system(delta: Tensor) -> Tensor:
+            return mu * (delta @ C) + (delta @ K.T) @ K + (delta @ past.T) @ past
+
+        return residual(found, system, R.T @ K)
+
+    return Case(
+        op="edit_solve",
+        shape=f"{shape} sequential memit f={f} d={d} past={old} n={n}",
+        dtype="fp64",
+        inputs=inputs,
+        ours=ours,
+        reference=naive,
+        error=error,
+        tolerance=1e-9,
+        flops=2.0 * n * f * f + 4.0 * old * n * f + 2.0 * n * old**2,
+        bytes=8.0 * f * f + 16.0 * old * f + 8.0 * old**2,
+        goal=goal,
+    )
+
+
+# Ratios grow with f: a solve is f^3, an edit f^2.
+FULL_GOALS = {1: 60.0, 32: 25.0, 256: 5.0, "past keys": 8.0, "state": 40.0, "ultraedit": 10.0}
+QUICK_GOALS = {1: 10.0, 32: 5.0, 256: 2.0, "past keys": 8.0, "state": 10.0, "ultraedit": 10.0}
+
+
+def goals(f: int) -> dict[Any, float]:
+    return QUICK_GOALS if f == QUICK else FULL_GOALS
+
+
+def packed(shape: str, f: int) -> list[Case]:
+    """Forms whose solves are compiled."""
     d = f // 4
     return [
-        memit_case(shape, f, d, 1, 60.0, mu=0.0),
-        *(memit_case(shape, f, d, n, goal) for n, goal in ((1, 60.0), (32, 25.0), (256, 5.0))),
+        memit_case(shape, f, d, 1, goals(f)[1], mu=0.0),
+        *(memit_case(shape, f, d, n, goals(f)[n]) for n in (1, 32, 256)),
+        sequential_case(shape, f, d, f // 4, 1, None),
+        sequential_case(shape, f, d, f // 4, f // 40, None),
+    ]
+
+
+def others(shape: str, f: int) -> list[Case]:
+    """Forms that are torch products on every device."""
+    d = f // 4
+    return [
         memit_case(shape, f, d, 32, None, form="square"),
         memit_case(shape, f, d, 32, None, form="float32"),
-        alphaedit_case(shape, f, d, f // 16, f // 64, 8.0),
-        alphaedit_case(shape, f, d, f // 4, f // 40, 40.0, state=True),
-        ultraedit_case(shape, f, d, 300 * f // WIDTH, 10.0),
+        alphaedit_case(shape, f, d, f // 16, f // 64, goals(f)["past keys"]),
+        alphaedit_case(shape, f, d, f // 4, f // 40, goals(f)["state"], state=True),
+        ultraedit_case(shape, f, d, 300 * f // WIDTH, goals(f)["ultraedit"]),
     ]
 
 
 CPU = [
-    *cases("gptj-6b width / 4", QUICK),
+    *packed("gptj-6b width / 4", QUICK),
     memit_case("gptj-6b width / 4", QUICK, QUICK // 4, 3 * QUICK // 2, None),  # the f x f form
-    *cases("gptj-6b width", WIDTH),
+    *packed("gptj-6b width", WIDTH),
 ]
 GPU = [
     memit_case(f"{name} key", MODELS[name].key, MODELS[name].width, n, None)
     for name in MODELS
     for n in (1, 100, 1000)
 ]
+GPU.append(sequential_case("gpt2-xl key", MODELS["gpt2-xl"].key, MODELS["gpt2-xl"].width, 1600, 100, None))
+FORMS_CPU = [*others("gptj-6b width / 4", QUICK), *others("gptj-6b width", WIDTH)]
+FORMS_GPU = others("gpt2-xl key", MODELS["gpt2-xl"].key)
 
 test_cpu, test_gpu = op_benches(CPU, GPU, native=["cpu"])
+test_forms_cpu, test_forms_gpu = op_benches(FORMS_CPU, FORMS_GPU)

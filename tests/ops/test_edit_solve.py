@@ -468,6 +468,19 @@ def test_a_gram_matrix_that_is_not_definite_says_so() -> None:
         edit_solve(IdentityMetric(), torch.cat([1e12 * K, 1e12 * K]), torch.cat([R, R]), mu=1e-9)
 
 
+@pytest.mark.parametrize("n", [1, 33, 100, 320])
+@pytest.mark.parametrize("condition", [1e2, 1e6, 1e9])
+def test_packed_equals_the_direct_solve_of_the_papers(condition: float, n: int) -> None:
+    """Over several block columns of the factor, within max(1e-9, 10 kappa eps)."""
+    f, d, mu = 300, 24, 15.0
+    K, R, history, generator = problem(n, n, f, d, 7)
+    C = moment(f, condition, generator)
+    metric = PackedMetric.of(cholesky_factor(C))
+    kappa = float(torch.linalg.cond(mu * C + K.T @ K + history.T @ history))
+    expected = direct(C, K, R, mu=mu, history=history)
+    assert relative(solve(metric, K, R, mu=mu, history=history), expected) <= max(1e-9, 10 * kappa * EPS)
+
+
 def test_packed_solves_do_not_depend_on_the_implementation(cpu_level: str) -> None:
     f = 200
     K, R, history, generator = problem(24, 33, f, 50, 20)
