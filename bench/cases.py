@@ -55,7 +55,7 @@ class Case:
     flops: float
     bytes: float
     goal: float | None = None  # ratio to the reference to be reached on one CPU thread
-    native: bool = True  # the goal is the compiled kernel's; False: the eager default's
+    goal_on: str = "cpu"  # the implementation that must reach it
     unit: str = "fp32"  # whose arithmetic peak is the roof: "bf16", "fp32" or "fp64"
 
     @property

@@ -101,7 +101,7 @@ def bench_op(
         benchmark.extra_info.update(figures)
         benchmark.extra_info.update(_machine(device))
         benchmark.pedantic(lambda: _synchronised(call, inputs, at), rounds=3, warmup_rounds=1)
-        judged = backend == ("cpu" if case.native else "eager") and device == "cpu" and bench_threads == 1
+        judged = backend == case.goal_on and device == "cpu" and bench_threads == 1
         goal = case.goal if judged else None
         del figures["ratio_to_reference"]
         request.config.stash[_ROWS].setdefault(device, []).append(

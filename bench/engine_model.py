@@ -191,5 +191,5 @@ def second_moments(ed: Editor, layers: Sequence[int]) -> dict[int, Tensor]:
     count = 1 << 20
     ed.session.use_statistics({n: SecondMoment(n, count, found[layer] * count) for layer, n in names.items()})
     for name in names.values():
-        ed.session.cholesky(name)
+        ed.session.metric(name)
     return found

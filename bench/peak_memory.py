@@ -52,7 +52,7 @@ def stored_statistics(ed: Any, layers: tuple[int, ...]) -> None:
         store.put(SecondMoment(name, 1 << 20, made.made_up_moment(ed, layer) * (1 << 20), origin))
     ed.session.use_statistics(store)
     for layer in layers:
-        ed.session.cholesky(arch.name("mlp_out", layer))
+        ed.session.metric(arch.name("mlp_out", layer))
 
 
 def prepared(ed: Any, method: str, who: str, edits: int) -> tuple[Callable[[], Any], int]:

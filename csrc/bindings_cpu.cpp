@@ -15,6 +15,7 @@
 #include "cpu/kth_magnitude.h"
 #include "cpu/lowrank_transform.h"
 #include "cpu/nearest_key.h"
+#include "cpu/packed_solve.h"
 #include "cpu/rank_update.h"
 #include "cpu/row_moments.h"
 #include "cpu/second_moment.h"
@@ -296,6 +297,13 @@ void delta_step(const Rows32& delta, const Matrix& grad, const Rows32& exp_avg, 
                           rates.at(3), rates.at(4), rates.at(5), threads});
 }
 
+void packed_solve(std::uintptr_t packed, std::int64_t width, std::uintptr_t rows, std::int64_t row_stride,
+                  std::int64_t count, bool transposed, int threads) {
+    py::gil_scoped_release release;
+    fastedit::packed_solve({pointer<const double>(packed), width, pointer<double>(rows), row_stride, count,
+                            transposed, threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -315,6 +323,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("lowrank_transform", &lowrank_transform, py::arg("x"), py::arg("d"), py::arg("mean"),
           py::arg("deviation"), py::arg("mode"), py::arg("z"), py::arg("n"), py::arg("layers"),
           py::arg("clamp_first"), py::arg("threads"));
+    m.def("packed_solve", &packed_solve, py::arg("packed"), py::arg("width"), py::arg("rows"),
+          py::arg("row_stride"), py::arg("count"), py::arg("transposed"), py::arg("threads"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),

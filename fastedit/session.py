@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastedit.arch import Architecture, find_module, resolve, unwrap
 from fastedit.config import family_of
+from fastedit.ops.edit_solve import PackedMetric
+from fastedit.ops.packed_solve import unpack_factor
 from fastedit.tokens import pad_id
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class Session:
         self.generator = torch.Generator().manual_seed(seed)
         self.templates: dict[tuple[object, ...], tuple[object, ...]] = {}
         self._moments: dict[str, SecondMoment] = {}
-        self._factors: dict[str, Tensor] = {}
+        self._factors: dict[str, PackedMetric] = {}
         self._stored: set[str] = set()  # modules whose moment came from the store
         self._store: StatisticsStore | None = None
         if statistics is not None:
@@ -160,11 +162,14 @@ class Session:
             self._stored.add(module)
         return self._moments[module]
 
-    def cholesky(self, module: str) -> Tensor:
-        """``[f, f]`` fp64 lower Cholesky factor of the second moment, computed once per session and module.
+    def metric(self, module: str) -> PackedMetric:
+        """Inverse second moment of the input of ``module`` for ``edit_solve``, factored once per session and module.
 
-        It is made and kept on the device of the module it serves: a factorisation there is faster, and a sharded
-        model has its layers on several.
+        The factor is packed, fp64, and on the device of the module it serves: a factorisation there is faster, and a
+        sharded model has its layers on several.
+
+        Raises:
+            ValueError: no statistics of this module, or they cannot be factored.
         """
         if module not in self._factors:
             moment = self.second_moment(module)
@@ -176,5 +181,10 @@ class Session:
                 del self._moments[module]
             else:
                 factor = replace(moment, total=moment.total.to(weight.device)).cholesky()
-            self._factors[module] = factor.to(weight.device)
+            self._factors[module] = PackedMetric.of(factor.to(weight.device))
         return self._factors[module]
+
+    def cholesky(self, module: str) -> Tensor:
+        """``[f, f]`` fp64 lower Cholesky factor of the second moment, unpacked from ``metric`` at every call."""
+        metric = self.metric(module)
+        return unpack_factor(metric.packed, metric.width)

@@ -27,7 +27,7 @@ from fastedit.engine.target_cache import TargetCache
 from fastedit.engine.templates import grouped_templates
 from fastedit.engine.trial import Trial, causal_decoder, finite, injected, loss_report
 from fastedit.methods import method
-from fastedit.ops.edit_solve import CholeskyMetric, IdentityMetric, edit_solve
+from fastedit.ops.edit_solve import IdentityMetric, edit_solve
 from fastedit.request import EditRequest
 from fastedit.session import Session
 from fastedit.stats.provenance import tokenizer_fingerprint
@@ -136,7 +136,7 @@ def memit(
     options = locate.token_options(config)
     names = {layer: arch.name("mlp_out", layer) for layer in config.layers}
     metrics = {
-        layer: CholeskyMetric(session.cholesky(names[layer])) if config.mom2_adjustment else IdentityMetric()
+        layer: session.metric(names[layer]) if config.mom2_adjustment else IdentityMetric()
         for layer in config.layers
     }
     z_layer = config.layers[-1]

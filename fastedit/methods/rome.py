@@ -27,7 +27,7 @@ from fastedit.engine.target import optimise_targets
 from fastedit.engine.templates import flat_templates
 from fastedit.engine.trial import Trial, causal_decoder, finite, injected, loss_report
 from fastedit.methods import method
-from fastedit.ops.edit_solve import CholeskyMetric, IdentityMetric, edit_solve
+from fastedit.ops.edit_solve import IdentityMetric, edit_solve
 from fastedit.request import EditRequest
 from fastedit.session import Session
 from fastedit.tokens import Encoded
@@ -167,7 +167,7 @@ def _solver(session: Session, layer: int, config: RomeConfig) -> Solver:
         return lambda key, residual: edit_solve(IdentityMetric(), key, residual, mu=0.0)
     module = session.arch.name("mlp_out", layer)
     if config.inv_dtype == "float64":
-        metric = CholeskyMetric(session.cholesky(module))
+        metric = session.metric(module)
         return lambda key, residual: edit_solve(metric, key, residual, mu=0.0)
     moment = session.second_moment(module)
     moment.check()

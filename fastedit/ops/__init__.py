@@ -11,9 +11,11 @@ from typing import Any
 
 _LAZY = {
     "CholeskyMetric": "edit_solve",
+    "EditHistory": "edit_history",
     "IdentityMetric": "edit_solve",
     "LowRankLayer": "lowrank_transform",
     "LowRankNet": "lowrank_transform",
+    "PackedMetric": "edit_solve",
     "ProjectorMetric": "edit_solve",
     "RowMoments": "row_moments",
     "cholesky_factor": "edit_solve",
@@ -28,9 +30,11 @@ _LAZY = {
 
 __all__ = [
     "CholeskyMetric",
+    "EditHistory",
     "IdentityMetric",
     "LowRankLayer",
     "LowRankNet",
+    "PackedMetric",
     "ProjectorMetric",
     "RowMoments",
     "cholesky_factor",

@@ -7,346 +7,288 @@ E selecting the new ones. M is never formed and nothing f x f is factored per ed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import define_op
+from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops.edit_form import solve_form
+from fastedit.ops.edit_metric import (
+    CholeskyMetric,
+    IdentityMetric,
+    Metric,
+    PackedMetric,
+    ProjectorMetric,
+    check_keys,
+    cholesky_factor,
+    split,
+    whitening,
+)
 
 __all__ = [
     "CholeskyMetric",
+    "EditProblem",
     "IdentityMetric",
     "Metric",
+    "PackedMetric",
     "ProjectorMetric",
     "apply_metric",
     "cholesky_factor",
+    "edit_residual",
     "edit_solve",
+    "edit_solve_layers",
 ]
 
-# Above this ratio of keys to metric dimension one f x f Cholesky costs less than the N x N one with its two triangular
-# solves of N columns (flop count; both give the same Delta).
-_DIRECT_ABOVE = 0.6
-_PANEL = 512  # columns of a symmetric product computed at a time; only the lower triangle is ever read
 
-
-@dataclass(frozen=True)
-class CholeskyMetric:
-    """M = C^-1 with C = L L^T; lower: L [f, f] float64, as `cholesky_factor` returns it (either memory order)."""
-
-    lower: Tensor
-
-
-@dataclass(frozen=True)
-class ProjectorMetric:
-    """M = U U^T, or I - U U^T when `complement`; basis: U [f, r] with orthonormal columns.
-
-    AlphaEdit's null-space projector takes either side of the spectrum: pass the thinner one.
-    """
-
-    basis: Tensor
-    complement: bool = False
-
-
-@dataclass(frozen=True)
-class IdentityMetric:
-    """M = I."""
-
-
-Metric = CholeskyMetric | ProjectorMetric | IdentityMetric
-
-
+@overload
 def edit_solve(
-    metric: Metric, K: Tensor, R: Tensor, *, mu: float, history: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    metric: Metric,
+    K: Tensor,
+    R: Tensor,
+    *,
+    mu: float,
+    history: Tensor | None = ...,
+    weights: Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def edit_solve(
+    metric: Metric,
+    K: Tensor,
+    R: Sequence[Tensor],
+    *,
+    mu: float,
+    history: Tensor | None = ...,
+    weights: Tensor | None = ...,
+) -> tuple[tuple[Tensor, ...], Tensor]: ...
+def edit_solve(
+    metric: Metric,
+    K: Tensor,
+    R: Tensor | Sequence[Tensor],
+    *,
+    mu: float,
+    history: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
     """Factors of Delta = R^T E^T (mu I + K_all M K_all^T)^-1 (K_all M), the update that maps keys to residuals.
 
-    metric: `CholeskyMetric`, `ProjectorMetric` or `IdentityMetric`.
-    K: [..., n, f] keys of the new edits; R: [..., n, d] what their outputs must change by; any float dtype.
+    metric: `PackedMetric`, `CholeskyMetric`, `ProjectorMetric` or `IdentityMetric`.
+    K: [..., n, f] keys of the new edits; R: [..., n, d] what their outputs must change by; any float dtype. Several
+    targets of the same keys are a sequence of R.
     mu: >= 0. With 0 the keys are mapped exactly, (W + Delta) K^T = W K^T + R^T; where keys repeat or depend on each
     other the least-squares, minimum-norm answer is given (eigenvalues below N eps of the largest count as zero).
-    history: [..., m, f] keys of earlier edits whose outputs must not change, or None.
+    history: [..., m, f] keys of earlier edits whose outputs must not change, or None (`EditHistory` keeps them
+    factored).
+    weights: [..., m] >= 0, how much each of them counts (a key with weight 2 is that key twice); None is 1.
 
     Returns (left [..., d, r], right [..., r, f]) in float64 with Delta = left @ right, r = min(n, d): for n > d the
-    left factor is the identity. Everything inside is float64. When n + m exceeds 0.6 of the metric's dimension the
-    f x f form (mu C + K^T K) is factored instead: the same Delta, cheaper.
+    left factor is the identity. For several targets left is a tuple, one per target, and d the sum of theirs.
+    Everything inside is float64. When n + m exceeds the metric's dimension the f x f form (mu C + K^T K) is factored
+    instead: the same Delta, cheaper.
     Raises ValueError for wrong shapes, mu < 0 or non-finite keys, TypeError for an unknown metric.
 
-        left, right = edit_solve(CholeskyMetric(cholesky_factor(C)), K, R, mu=15000.0)
+        left, right = edit_solve(PackedMetric.of(cholesky_factor(C)), K, R, mu=15000.0)
 
     Source: arXiv:2210.07229 eq. 14 (MEMIT), arXiv:2410.02355 eq. 14 (AlphaEdit), by the
     push-through identity.
     """
-    kind, factor = _split(metric)
-    _check(kind, factor, K, R, mu, history)
-    left, right = _op(kind, factor, K.detach(), R.detach(), float(mu), history)
-    return left, right
+    if isinstance(R, Tensor):
+        return _solve(metric, K, R, mu, history, weights)
+    targets = list(R)
+    if not targets:
+        raise ValueError("R must be a tensor or a sequence of at least one, got an empty sequence")
+    for target in targets:
+        _check_target(K, target)
+    left, right = _solve(metric, K, torch.cat([R.double() for R in targets], dim=-1), mu, history, weights)
+    return tuple(
+        part.contiguous() for part in torch.split(left, [R.shape[-1] for R in targets], dim=-2)
+    ), right
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditProblem:
+    """The arguments of `edit_solve` for one layer."""
+
+    metric: Metric
+    K: Tensor
+    R: Tensor
+    mu: float
+    history: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def edit_solve_layers(problems: Mapping[str, EditProblem]) -> dict[str, tuple[Tensor, Tensor]]:
+    """`edit_solve` for many layers in one call: factors by layer, in the order given.
+
+    Layers may differ in everything. Those with the identity metric and equal shapes, dtypes and mu run as one batch;
+    factors are never stacked, since a copy of them would cost more than the solve.
+    Raises ValueError as `edit_solve`, beginning with the layer's name. All layers are checked before any is solved.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, p in problems.items():
+        try:
+            _check(p.metric, p.K, p.R, p.mu, p.history, p.weights)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+        alone = not isinstance(p.metric, IdentityMetric) or p.mu == 0
+        tensors = [p.K, p.R, *(t for t in (p.history, p.weights) if t is not None)]
+        same = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        groups.setdefault((name if alone else "", p.mu, p.weights is None, same), []).append(name)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for names in groups.values():
+        layers = [problems[name] for name in names]
+        one = layers[0]
+        try:
+            if len(layers) == 1:
+                found[names[0]] = _solve(one.metric, one.K, one.R, one.mu, one.history, one.weights)
+                continue
+            left, right = _solve(
+                one.metric,
+                torch.stack([p.K for p in layers]),
+                torch.stack([p.R for p in layers]),
+                one.mu,
+                None
+                if one.history is None
+                else torch.stack([p.history for p in layers if p.history is not None]),
+                None
+                if one.weights is None
+                else torch.stack([p.weights for p in layers if p.weights is not None]),
+            )
+        except ValueError as error:
+            raise ValueError(f"{', '.join(names)}: {error}") from None
+        found.update(zip(names, zip(left.unbind(), right.unbind(), strict=True), strict=True))
+    return {name: found[name] for name in problems}
 
 
 def apply_metric(metric: Metric, K: Tensor) -> Tensor:
     """K M, [..., n, f] float64: the keys seen through the metric (ROME's C^-1 k, one row per key)."""
-    kind, factor = _split(metric)
-    _check_keys(kind, factor, K)
-    whiten, unwhiten = _maps(kind, _double(factor))
-    seen: Tensor = unwhiten(whiten(K.detach().double().mT)).mT
-    return seen
+    kind, factor, moment = split(metric)
+    check_keys(kind, factor, moment, K)
+    whiten, unwhiten = whitening(kind, factor, moment)
+    return unwhiten(whiten(K.detach().double()))
 
 
-def cholesky_factor(C: Tensor, *, jitter: float = 0.0) -> Tensor:
-    """The lower Cholesky factor of a second moment, float64, [f, f], for `CholeskyMetric`.
+def edit_residual(
+    metric: Metric,
+    K: Tensor,
+    R: Tensor,
+    left: Tensor,
+    right: Tensor,
+    *,
+    mu: float,
+    history: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """How far Delta = left @ right is from solving its system: [...] float64, relative, 0 for an exact solution.
 
-    C: [f, f], any float dtype; only its lower triangle is read. jitter: >= 0, times the mean of C's diagonal is added
-    to the diagonal (0 keeps the published solution).
-    Raises ValueError, saying what to collect, when C is singular to working precision.
+    ||mu Delta + (Delta K_all^T - R_all^T) K_all M|| / ||R^T K M|| in the Frobenius norm, with R_all zero for history:
+    the equation that `edit_solve` solves, multiplied out anew with the metric, so that an error of any of its steps
+    shows. It costs about two more solves. Arguments are those of `edit_solve` and what it returned.
     """
-    if C.ndim != 2 or C.shape[0] != C.shape[1] or not C.is_floating_point():
-        raise ValueError(f"C must be a square float matrix, got {C.dtype} of shape {list(C.shape)}")
-    if not jitter >= 0:
-        raise ValueError(f"jitter must be >= 0, got {jitter}")
-    f = C.shape[0]
-    A = C.detach().double().tril()
-    diagonal = A.diagonal().clone()
-    if not bool(torch.isfinite(A).all()):
-        raise ValueError(
-            f"C [{f}, {f}] must be finite, but {int((~torch.isfinite(A)).sum())} entries are not"
-        )
-    if jitter:
-        A.diagonal().add_(jitter * diagonal.mean())
-    lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(A)
-    # A rank-deficient C need not stop the factorisation: rounding leaves a pivot of the size of the noise.
-    relative = lower.diagonal().square() / A.diagonal()
-    if int(info) or not bool((relative > f * torch.finfo(torch.float64).eps).all()):
-        raise ValueError(_singular(f, int((diagonal == 0).sum()), int(info), relative))
-    return lower
-
-
-def _singular(f: int, dead: int, order: int, relative: Tensor) -> str:
-    if dead:
-        return (
-            f"C [{f}, {f}] is singular: {dead} of {f} neurons never fired (zero on the diagonal); "
-            "collect more text, or pass jitter > 0"
-        )
-    rank = order - 1 if order else int((relative > f * torch.finfo(torch.float64).eps).sum())
-    return (
-        f"C [{f}, {f}] is singular: about {rank} independent keys where {f} are needed; collect at least {f} tokens "
-        f"({10 * f} is safe), or pass jitter > 0"
+    kind, factor, moment = _check(metric, K, R, mu, history, weights)
+    past = _weighted(history, weights)
+    keys = K.detach().double()
+    keys = keys if past is None else torch.cat([past.detach().double(), keys], dim=-2)
+    n = K.shape[-2]
+    reach = right @ keys.mT  # [..., r, N]
+    whiten, unwhiten = whitening(kind, factor, moment)
+    seen = unwhiten(whiten(torch.cat([reach @ keys, K.detach().double()], dim=-2)))
+    back, wanted = (
+        seen[..., :-n, :] if n else seen,
+        R.detach().double().mT @ seen[..., seen.shape[-2] - n :, :],
     )
+    off = left @ (mu * right + back) - wanted
+    size = torch.linalg.matrix_norm(wanted)
+    relative: Tensor = torch.linalg.matrix_norm(off) / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return relative
 
 
-def _split(metric: Metric) -> tuple[str, Tensor | None]:
-    if isinstance(metric, CholeskyMetric):
-        return "cholesky", metric.lower
-    if isinstance(metric, ProjectorMetric):
-        return ("complement" if metric.complement else "basis"), metric.basis
-    if isinstance(metric, IdentityMetric):
-        return "identity", None
-    raise TypeError(
-        f"metric must be CholeskyMetric, ProjectorMetric or IdentityMetric, got {type(metric).__name__}"
-    )
+def _solve(
+    metric: Metric, K: Tensor, R: Tensor, mu: float, history: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    kind, factor, moment = _check(metric, K, R, mu, history, weights)
+    past = _weighted(history, weights)
+    left, right = _op(kind, factor, K.detach(), R.detach(), float(mu), past, moment)
+    return left, right
 
 
-def _check_keys(kind: str, factor: Tensor | None, K: Tensor) -> None:
-    if K.ndim < 2 or not K.is_floating_point():
-        raise ValueError(f"K must be float of shape [..., n, f], got {K.dtype} of shape {list(K.shape)}")
-    f = K.shape[-1]
-    if factor is None:
-        return
-    name = "metric.lower" if kind == "cholesky" else "metric.basis"
-    if factor.ndim < 2 or factor.shape[-2] != f or (kind == "cholesky" and factor.shape[-1] != f):
-        wanted = f"[{f}, {f}]" if kind == "cholesky" else f"[{f}, r]"
-        raise ValueError(f"{name} must be {wanted} for keys of width {f}, got {list(factor.shape)}")
-    if kind == "cholesky" and factor.dtype != torch.float64:
-        raise ValueError(f"{name} must be float64, got {factor.dtype}")
-    if factor.device != K.device:
-        raise ValueError(f"{name} must be on K's device {K.device}, got {factor.device}")
+def _weighted(history: Tensor | None, weights: Tensor | None) -> Tensor | None:
+    """The history whose Gram terms carry the weights: rows times their square roots."""
+    if history is None or weights is None:
+        return None if history is None else history.detach()
+    return history.detach().double() * weights.detach().double().sqrt()[..., None]
 
 
-def _check(kind: str, factor: Tensor | None, K: Tensor, R: Tensor, mu: float, history: Tensor | None) -> None:
-    _check_keys(kind, factor, K)
+def _check_target(K: Tensor, R: Tensor) -> None:
     if R.ndim != K.ndim or R.shape[:-1] != K.shape[:-1] or not R.is_floating_point():
         raise ValueError(
             f"R must be float with one row per key {list(K.shape)}, got {R.dtype} {list(R.shape)}"
         )
+
+
+def _check(
+    metric: Metric, K: Tensor, R: Tensor, mu: float, history: Tensor | None, weights: Tensor | None
+) -> tuple[str, Tensor | None, Tensor | None]:
+    kind, factor, moment = split(metric)
+    check_keys(kind, factor, moment, K)
+    _check_target(K, R)
     if not 0 <= mu < float("inf"):
         raise ValueError(f"mu must be finite and >= 0, got {mu}")
     if history is not None and (
         history.ndim != K.ndim or history.shape[:-2] != K.shape[:-2] or history.shape[-1] != K.shape[-1]
     ):
         raise ValueError(f"history must hold keys like K {list(K.shape)}, got {list(history.shape)}")
-    for name, tensor in (("R", R), ("history", history)):
+    if weights is not None:
+        if history is None or weights.shape != history.shape[:-1] or not weights.is_floating_point():
+            wanted = "None without history" if history is None else f"float {list(history.shape[:-1])}"
+            raise ValueError(f"weights must be {wanted}, got {weights.dtype} {list(weights.shape)}")
+        if not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
+            raise ValueError("weights must be finite and >= 0")
+    for name, tensor in (("R", R), ("history", history), ("weights", weights)):
         if tensor is not None and tensor.device != K.device:
             raise ValueError(f"{name} must be on K's device {K.device}, got {tensor.device}")
-
-
-def _double(factor: Tensor | None) -> Tensor | None:
-    return None if factor is None else factor.detach().double()
-
-
-_Map = Callable[[Tensor], Tensor]
-
-
-def _maps(kind: str, factor: Tensor | None) -> tuple[_Map, _Map]:
-    """B^T and B of M = B B^T, on columns: B = L^-T, U, I - U U^T, or I."""
-    if factor is None:
-        return _same, _same
-    U = factor
-    if kind == "cholesky":
-        # solve_triangular reads L in either memory order without a copy; cholesky_solve would loop over columns.
-        return (
-            lambda X: torch.linalg.solve_triangular(U, X, upper=False),
-            lambda X: torch.linalg.solve_triangular(U.mT, X, upper=True),
-        )
-    if kind == "basis":
-        return (lambda X: U.mT @ X), (lambda X: U @ X)
-
-    def project(X: Tensor) -> Tensor:
-        # Twice: after one pass the part along U is rounding of X, after two it is rounding of the result.
-        X = X - U @ (U.mT @ X)
-        return X - U @ (U.mT @ X)
-
-    return project, project
-
-
-def _same(X: Tensor) -> Tensor:
-    return X
-
-
-def _eager(
-    kind: str, factor: Tensor | None, K: Tensor, R: Tensor, mu: float, history: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    K, R, factor = K.double(), R.double(), _double(factor)
-    keys = K if history is None else torch.cat([history.double(), K], dim=-2)
-    n, f, d = K.shape[-2], K.shape[-1], R.shape[-1]
-    if n == 0:
-        return K.new_zeros(*K.shape[:-2], d, 0), K.clone()
-    dimension = factor.shape[-1] if factor is not None and kind == "basis" else f
-    if mu > 0 and keys.shape[-2] > _DIRECT_ABOVE * dimension:
-        left, right = _direct(kind, factor, keys, R, mu)
-        return left.contiguous(), right.contiguous()
-    whiten, unwhiten = _maps(kind, factor)
-    T, solve = _dual(whiten(keys.mT), n, mu)
-    if n > d:
-        return _identity_like(R, d), unwhiten(T @ solve(R)).mT.contiguous()
-    if d <= f:  # S^-1 goes to the side with fewer columns
-        return _owned(solve(R).mT), _owned(unwhiten(T).mT)
-    return _owned(R.mT), solve(unwhiten(T).mT).contiguous()
-
-
-def _dual(Y: Tensor, n: int, mu: float) -> tuple[Tensor, _Map]:
-    """T [q, n] and the solver of S [n, n] with E^T (mu I + Y^T Y)^-1 Y^T = S^-1 T^T, S the Schur complement.
-
-    With the Cholesky factor [[A, 0], [B, D]] of the Gram matrix, history first: S = D D^T, T = Y_n - Y_h A^-T B^T.
-    """
-    m = Y.shape[-1] - n
-    G = _gram(Y, mu)
-    lower, info = torch.linalg.cholesky_ex(G)
-    if mu == 0 and not (bool((info == 0).all()) and _well_conditioned(lower)):
-        return Y @ _pseudo_inverse(G)[..., -n:], _same
-    if not bool((info == 0).all()):
-        raise ValueError("K, history and the metric must be finite: the Gram matrix of the keys is not")
-    D = lower[..., m:, m:]
-    T = Y[..., m:]
-    if m:
-        past = torch.linalg.solve_triangular(lower[..., :m, :m].mT, lower[..., m:, :m].mT, upper=True)
-        T = T - Y[..., :m] @ past
-    return T, lambda X: _solve_spd(D, X)
-
-
-def _direct(kind: str, factor: Tensor | None, keys: Tensor, R: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """The primal form: Delta = R^T Y_n^T (mu N + Y Y^T)^-1 B^T, N = C with plain keys for a Cholesky metric, else I."""
-    n, d = R.shape[-2], R.shape[-1]
-    unwhiten: _Map = _same
-    if kind == "cholesky" and factor is not None:
-        Y = keys.mT
-        A = _gram(Y.mT, 0.0) + mu * _factor_product(factor)
-    else:
-        whiten, unwhiten = _maps(kind, factor)
-        Y = whiten(keys.mT)
-        A = _gram(Y.mT, mu)
-    lower, info = torch.linalg.cholesky_ex(A)
-    if not bool((info == 0).all()):
-        raise ValueError("K, history and the metric must be finite: mu C + K^T K is not positive definite")
-    Y_new = Y[..., -n:]
-    if n > d:
-        return _identity_like(R, d), unwhiten(_solve_spd(lower, Y_new @ R)).mT
-    return _owned(R.mT), unwhiten(_solve_spd(lower, Y_new)).mT
-
-
-def _solve_spd(lower: Tensor, X: Tensor) -> Tensor:
-    half = torch.linalg.solve_triangular(lower, X, upper=False)
-    solved: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
-    return solved
-
-
-def _gram(Y: Tensor, mu: float) -> Tensor:
-    """Lower triangle of Y^T Y + mu I, [..., N, N] for Y [..., q, N]; above the diagonal panels it is zero."""
-    N = Y.shape[-1]
-    G = Y.new_zeros(*Y.shape[:-2], N, N)
-    for start in range(0, N, _PANEL):
-        stop = min(start + _PANEL, N)
-        G[..., start:, start:stop] = Y[..., start:].mT @ Y[..., start:stop]
-    G.diagonal(dim1=-2, dim2=-1).add_(mu)
-    return G
-
-
-def _factor_product(lower: Tensor) -> Tensor:
-    """Lower triangle of L L^T, skipping the zeros of L."""
-    f = lower.shape[-1]
-    C = lower.new_zeros(lower.shape)
-    for start in range(0, f, _PANEL):
-        stop = min(start + _PANEL, f)
-        C[..., start:, start:stop] = lower[..., start:, :stop] @ lower[..., start:stop, :stop].mT
-    return C
-
-
-def _well_conditioned(lower: Tensor) -> bool:
-    """Whether no eigenvalue of G = L L^T can lie below N eps of the largest, by the 1-norm condition number."""
-    N = lower.shape[-1]
-    G_norm = torch.linalg.matrix_norm(lower @ lower.mT, 1)
-    inverse_norm = torch.linalg.matrix_norm(torch.cholesky_inverse(lower), 1)
-    return bool((G_norm * inverse_norm < 1 / (N * torch.finfo(lower.dtype).eps)).all())
-
-
-def _pseudo_inverse(G: Tensor) -> Tensor:
-    values: Tensor
-    vectors: Tensor
-    if not bool(torch.isfinite(G).all()):
-        raise ValueError("K, history and the metric must be finite: the Gram matrix of the keys is not")
-    values, vectors = torch.linalg.eigh(G)  # reads the lower triangle
-    cut = G.shape[-1] * torch.finfo(G.dtype).eps * values[..., -1:].clamp(min=0)
-    inverse = torch.where(values > cut, 1 / values, torch.zeros_like(values))
-    return (vectors * inverse[..., None, :]) @ vectors.mT
-
-
-def _owned(X: Tensor) -> Tensor:
-    """A row-major copy: float64 inputs pass through unchanged, and an op must not return its input's memory."""
-    return X.clone(memory_format=torch.contiguous_format)
-
-
-def _identity_like(R: Tensor, d: int) -> Tensor:
-    return torch.eye(d, dtype=R.dtype, device=R.device).expand(*R.shape[:-2], d, d).contiguous()
+    return kind, factor, moment
 
 
 def _fake(
-    kind: str, factor: Tensor | None, K: Tensor, R: Tensor, mu: float, history: Tensor | None
+    kind: str,
+    factor: Tensor | None,
+    K: Tensor,
+    R: Tensor,
+    mu: float,
+    history: Tensor | None,
+    moment: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rank = torch.sym_min(R.shape[-2], R.shape[-1])  # type: ignore[no-untyped-call]
     left = R.new_empty((*R.shape[:-2], R.shape[-1], rank), dtype=torch.float64)
     return left, K.new_empty((*K.shape[:-2], rank, K.shape[-1]), dtype=torch.float64)
 
 
+def _run_cpu(native: Callable[..., Any], *args: Any) -> tuple[Tensor, Tensor]:
+    return solve_form(*args)  # its packed solves pick the compiled ones
+
+
+def _refuse_cpu(kind: str, *args: Any) -> str | None:
+    if kind != "packed":
+        return f"only solves with a packed factor are compiled, this metric is {kind!r}"
+    return None
+
+
 def _bind(
     metric: Metric, K: Tensor, R: Tensor, mu: float, history: Tensor | None = None
 ) -> tuple[object, ...]:
-    return (*_split(metric), K, R, mu, history)
+    kind, factor, moment = split(metric)
+    return kind, factor, K, R, mu, history, moment
 
 
 _op = define_op(
     "edit_solve",
-    "(str kind, Tensor? factor, Tensor K, Tensor R, float mu, Tensor? history) -> (Tensor, Tensor)",
+    "(str kind, Tensor? factor, Tensor K, Tensor R, float mu, Tensor? history, Tensor? moment=None)"
+    " -> (Tensor, Tensor)",
     _fake,
-    _eager,
+    solve_form,
+    [Impl("cpu", "cpu", "fastedit._cpu:packed_solve", _refuse_cpu, _run_cpu)],
     bind=_bind,
 )

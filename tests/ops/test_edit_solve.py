@@ -13,17 +13,22 @@ from torch import Tensor
 import fastedit
 from fastedit.ops.edit_solve import (
     CholeskyMetric,
+    EditProblem,
     IdentityMetric,
     Metric,
+    PackedMetric,
     ProjectorMetric,
     _op,
     apply_metric,
     cholesky_factor,
+    edit_residual,
     edit_solve,
+    edit_solve_layers,
 )
+from fastedit.ops.packed_solve import pack_factor, unpack_factor
 
 EPS = 2.0**-53
-KINDS = ["cholesky", "basis", "complement", "identity"]
+KINDS = ["cholesky", "packed", "refined", "basis", "complement", "identity"]
 seeds = st.integers(0, 10_000)
 counts = st.integers(1, 24)
 
@@ -35,8 +40,12 @@ def moment(f: int, condition: float, generator: torch.Generator) -> Tensor:
 
 
 def make(kind: str, f: int, generator: torch.Generator) -> Metric:
-    if kind == "cholesky":
-        return CholeskyMetric(cholesky_factor(moment(f, 1e3, generator)))
+    if kind in ("cholesky", "packed", "refined"):
+        C = moment(f, 1e3, generator)
+        lower = cholesky_factor(C)
+        if kind == "refined":
+            return CholeskyMetric(lower.float(), C)
+        return PackedMetric.of(lower) if kind == "packed" else CholeskyMetric(lower)
     if kind == "identity":
         return IdentityMetric()
     basis = torch.linalg.qr(torch.randn(f, f // 2 + 1, generator=generator, dtype=torch.float64))[0]
@@ -58,6 +67,20 @@ def solve(metric: Metric, K: Tensor, R: Tensor, **options: object) -> Tensor:
     return left @ right
 
 
+def twin(metric: Metric) -> Tensor:
+    """M [20, 20] as the twin forms it."""
+    return metric_matrix(plain(metric), 20)
+
+
+def plain(metric: Metric) -> Metric:
+    """The same metric in the forms that the twin knows."""
+    if isinstance(metric, PackedMetric):
+        return CholeskyMetric(unpack_factor(metric.packed, metric.width))
+    if isinstance(metric, CholeskyMetric) and metric.moment is not None:
+        return CholeskyMetric(cholesky_factor(metric.moment))
+    return metric
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -68,7 +91,7 @@ def test_equals_the_definition(kind: str, seed: int, n: int, m: int, d: int) -> 
     f = 20  # n + m on both sides of it: the dual and the direct form
     K, R, history, generator = problem(seed, n, f, d, m)
     metric = make(kind, f, generator)
-    left, right = reference(metric, K, R, mu=2.0, history=history)
+    left, right = reference(plain(metric), K, R, mu=2.0, history=history)
     assert relative(solve(metric, K, R, mu=2.0, history=history), left @ right) < 1e-9
 
 
@@ -120,7 +143,7 @@ def test_a_large_mu_gives_the_first_order_update(kind: str) -> None:
     K, R, _, generator = problem(2, 5, 20, 9)
     metric = make(kind, 20, generator)
     mu = 1e12
-    expected = R.T @ K @ metric_matrix(metric, 20)
+    expected = R.T @ K @ twin(metric)
     assert relative(mu * solve(metric, K, R, mu=mu), expected) < 1e-7
 
 
@@ -209,8 +232,13 @@ def test_layers_are_a_batch(kind: str, n: int) -> None:
     history = torch.randn(3, 4, 20, generator=generator, dtype=torch.float64)
     metrics = [make(kind, 20, generator) for _ in range(3)]
     batch: Metric = IdentityMetric()
-    if kind == "cholesky":
-        batch = CholeskyMetric(torch.stack([metric.lower for metric in metrics]))  # type: ignore[union-attr]
+    if kind in ("cholesky", "refined"):
+        lowers = torch.stack([metric.lower for metric in metrics])  # type: ignore[union-attr]
+        moments = [metric.moment for metric in metrics if isinstance(metric, CholeskyMetric)]
+        batch = CholeskyMetric(lowers, torch.stack(moments) if kind == "refined" else None)  # type: ignore[arg-type]
+    elif kind == "packed":
+        packed = torch.stack([metric.packed for metric in metrics])  # type: ignore[union-attr]
+        batch = PackedMetric(packed, 20)
     elif kind != "identity":
         basis = torch.stack([metric.basis for metric in metrics])  # type: ignore[union-attr]
         batch = ProjectorMetric(basis, complement=kind == "complement")
@@ -262,9 +290,7 @@ def test_apply_metric() -> None:
     K, _, _, generator = problem(14, 5, 20, 8)
     for kind in KINDS:
         metric = make(kind, 20, generator)
-        torch.testing.assert_close(
-            apply_metric(metric, K.float()), K.float().double() @ metric_matrix(metric, 20)
-        )
+        torch.testing.assert_close(apply_metric(metric, K.float()), K.float().double() @ twin(metric))
 
 
 @pytest.mark.parametrize("jitter", [0.0, 1e-3])
@@ -300,8 +326,20 @@ def test_bad_input_names_the_argument() -> None:
     metric = make("cholesky", 20, generator)
     cases: list[tuple[dict[str, object], str]] = [
         ({"metric": "C"}, "metric must be CholeskyMetric"),
-        ({"metric": CholeskyMetric(torch.eye(20))}, "metric.lower must be float64, got torch.float32"),
+        (
+            {"metric": CholeskyMetric(torch.eye(20))},
+            "metric.lower must be float64, got torch.float32, or float32 beside metric.moment",
+        ),
         ({"metric": CholeskyMetric(torch.eye(9).double())}, r"metric.lower must be \[20, 20\]"),
+        ({"metric": CholeskyMetric(torch.eye(20), torch.eye(9))}, r"metric.moment must be float \[20, 20\]"),
+        ({"metric": CholeskyMetric(torch.eye(20).double().expand(2, 20, 20))}, "must have K's batch shape"),
+        ({"metric": PackedMetric(torch.zeros(9).double(), 20)}, r"metric.packed must be \[..., 400\]"),
+        ({"metric": PackedMetric(torch.zeros(400), 20)}, "metric.packed must be float64"),
+        ({"R": []}, "R must be a tensor or a sequence of at least one"),
+        ({"R": [R, R[:3]]}, "R must be float with one row per key"),
+        ({"weights": torch.ones(3)}, "weights must be None without history"),
+        ({"history": K, "weights": torch.ones(3)}, r"weights must be float \[5\]"),
+        ({"history": K, "weights": -torch.ones(5)}, "weights must be finite and >= 0"),
         ({"metric": ProjectorMetric(torch.zeros(9, 3))}, r"metric.basis must be \[20, r\]"),
         ({"K": K.int()}, "K must be float"),
         ({"K": K[0]}, "K must be float"),
@@ -329,6 +367,134 @@ def test_bad_input_names_the_argument() -> None:
         cholesky_factor(torch.diag(torch.tensor([1.0, float("inf")])))
 
 
+@settings(deadline=None, max_examples=60)
+@given(kind=st.sampled_from(KINDS), seed=seeds, n=counts, m=st.integers(0, 12), d=st.integers(1, 30))
+def test_the_residual_of_a_solution_is_rounding(kind: str, seed: int, n: int, m: int, d: int) -> None:
+    K, R, history, generator = problem(seed, n, 20, d, m)
+    metric = make(kind, 20, generator)
+    left, right = edit_solve(metric, K, R, mu=2.0, history=history)
+    assert float(edit_residual(metric, K, R, left, right, mu=2.0, history=history)) < 1e-11
+    assert float(edit_residual(metric, K, R, left, 1.001 * right, mu=2.0, history=history)) > 1e-5
+
+
+def test_the_residual_without_mu_and_in_batches() -> None:
+    K, R, history, generator = problem(17, 6, 20, 8, 3)
+    metric = make("packed", 20, generator)
+    left, right = edit_solve(metric, K, R, mu=0.0)
+    assert float(edit_residual(metric, K, R, left, right, mu=0.0)) < 1e-11
+    twice = [torch.stack([tensor, 2 * tensor]) for tensor in (K, R, history)]
+    left, right = edit_solve(metric, twice[0], twice[1], mu=1.0, history=twice[2])
+    residual = edit_residual(metric, twice[0], twice[1], left, right, mu=1.0, history=twice[2])
+    assert residual.shape == (2,) and float(residual.max()) < 1e-11
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [4, 30])
+def test_weights_count_past_keys(kind: str, n: int) -> None:
+    K, R, history, generator = problem(18, n, 20, 8, 4)
+    metric = make(kind, 20, generator)
+    weights = torch.tensor([1.0, 3.0, 0.0, 2.0])
+    repeated = history[torch.tensor([0, 1, 1, 1, 3, 3])]
+    expected = solve(metric, K, R, mu=2.0, history=repeated)
+    assert relative(solve(metric, K, R, mu=2.0, history=history, weights=weights), expected) < 1e-10
+
+
+@pytest.mark.parametrize("n", [3, 15])
+def test_several_targets_share_their_keys(n: int) -> None:
+    K, R, history, generator = problem(19, n, 20, 9, 4)
+    metric = make("packed", 20, generator)
+    left, right = edit_solve(metric, K, [R, R[:, :2].float()], mu=2.0, history=history)
+    assert isinstance(left, tuple) and [part.shape[0] for part in left] == [9, 2]
+    assert relative(left[0] @ right, solve(metric, K, R, mu=2.0, history=history)) < 1e-12
+    second = solve(metric, K, R[:, :2].float(), mu=2.0, history=history)
+    assert relative(left[1] @ right, second) < 1e-12
+
+
+def test_layers_in_one_call() -> None:
+    K, R, history, generator = problem(20, 6, 20, 8, 4)
+    problems = {
+        "h.1": EditProblem(metric=make("packed", 20, generator), K=K, R=R, mu=2.0),
+        "h.2": EditProblem(metric=IdentityMetric(), K=2 * K, R=R, mu=1.0),
+        "h.3": EditProblem(metric=make("basis", 20, generator), K=K[:3], R=R[:3], mu=2.0, history=history),
+        "h.4": EditProblem(metric=IdentityMetric(), K=K, R=3 * R, mu=1.0),
+        "h.5": EditProblem(metric=IdentityMetric(), K=K, R=R, mu=4.0, history=history, weights=torch.ones(4)),
+        "h.6": EditProblem(
+            metric=IdentityMetric(), K=K + 1, R=R, mu=4.0, history=history, weights=torch.ones(4)
+        ),
+    }
+    found = edit_solve_layers(problems)
+    assert list(found) == list(problems) and edit_solve_layers({}) == {}
+    for name, p in problems.items():
+        left, right = found[name]
+        one = solve(p.metric, p.K, p.R, mu=p.mu, history=p.history, weights=p.weights)
+        assert relative(left @ right, one) < 1e-12
+    bad = problems | {"h.9": EditProblem(metric=IdentityMetric(), K=K, R=R[:2], mu=1.0)}
+    with pytest.raises(ValueError, match=r"h.9: R must be float with one row per key"):
+        edit_solve_layers(bad)
+    nan = EditProblem(metric=problems["h.1"].metric, K=K * float("nan"), R=R, mu=1.0)
+    with pytest.raises(ValueError, match=r"h.7: K, history and the metric must be finite"):
+        edit_solve_layers(problems | {"h.7": nan})
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6, 1e9])
+def test_a_float32_factor_is_refined_to_float64(condition: float) -> None:
+    f, n = 64, 5
+    K, R, history, generator = problem(21, n, f, 24, 7)
+    C = moment(f, condition, generator)
+    C = (C + C.T) / 2
+    # From the float64 factor where float32 cannot factor C at all: it is then still a preconditioner.
+    metric = CholeskyMetric(cholesky_factor(C).float(), C)
+    expected = solve(CholeskyMetric(cholesky_factor(C)), K, R, mu=1.0, history=history)
+    assert relative(solve(metric, K, R, mu=1.0, history=history), expected) < max(1e-11, 10 * condition * EPS)
+    rounded = CholeskyMetric(metric.lower.double())
+    if condition > 1e3:  # what refinement repairs
+        assert relative(solve(rounded, K, R, mu=1.0, history=history), expected) > 1e-7
+    assert torch.equal(apply_metric(metric, K * 0), K * 0)
+
+
+def test_a_factor_of_another_matrix_is_an_error() -> None:
+    K, R, _, generator = problem(22, 3, 64, 8)
+    C = moment(64, 1e12, generator)
+    metric = CholeskyMetric(torch.eye(64), (C + C.T) / 2)
+    with pytest.raises(ValueError, match="metric.lower in float32 is too far from metric.moment"):
+        solve(metric, K, R, mu=1.0)
+
+
+def test_a_gram_matrix_that_is_not_definite_says_so() -> None:
+    K, R, _, _ = problem(23, 2, 40, 8)
+    with pytest.raises(
+        ValueError, match=r"Gram matrix of the keys \[4, 4\] is not positive definite .* larger mu"
+    ):
+        edit_solve(IdentityMetric(), torch.cat([1e12 * K, 1e12 * K]), torch.cat([R, R]), mu=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 33, 100, 320])
+@pytest.mark.parametrize("condition", [1e2, 1e6, 1e9])
+def test_packed_equals_the_direct_solve_of_the_papers(condition: float, n: int) -> None:
+    """Over several block columns of the factor, within max(1e-9, 10 kappa eps)."""
+    f, d, mu = 300, 24, 15.0
+    K, R, history, generator = problem(n, n, f, d, 7)
+    C = moment(f, condition, generator)
+    metric = PackedMetric.of(cholesky_factor(C))
+    kappa = float(torch.linalg.cond(mu * C + K.T @ K + history.T @ history))
+    expected = direct(C, K, R, mu=mu, history=history)
+    assert relative(solve(metric, K, R, mu=mu, history=history), expected) <= max(1e-9, 10 * kappa * EPS)
+
+
+def test_packed_solves_do_not_depend_on_the_implementation(cpu_level: str) -> None:
+    f = 200
+    K, R, history, generator = problem(24, 33, f, 50, 20)
+    metric = PackedMetric.of(cholesky_factor(moment(f, 1e4, generator)))
+    assert [row.name for row in fastedit.explain("edit_solve", metric, K, R, mu=1.0) if row.chosen] == ["cpu"]
+    found = solve(metric, K, R, mu=2.0, history=history)
+    with fastedit.backend("eager"):
+        assert relative(found, solve(metric, K, R, mu=2.0, history=history)) < 1e-12
+    with fastedit.backend("cpu"):
+        assert relative(found, solve(metric, K, R, mu=2.0, history=history)) < 1e-12
+        with pytest.raises(RuntimeError, match="only solves with a packed factor are compiled"):
+            solve(IdentityMetric(), K, R, mu=2.0)
+
+
 def test_opcheck_and_explain() -> None:
     K, R, history, generator = problem(16, 5, 20, 8, 3)
     metric = make("cholesky", 20, generator)
@@ -336,4 +502,8 @@ def test_opcheck_and_explain() -> None:
     torch.library.opcheck(_op, ("cholesky", metric.lower, K.float(), R.float(), 1.0, history))
     torch.library.opcheck(_op, ("identity", None, K[:1], R[:1], 1.0, None))
     torch.library.opcheck(_op, ("identity", None, K, R[:, :2], 0.0, None))
-    assert [row.name for row in fastedit.explain("edit_solve", metric, K, R, mu=1.0)] == ["eager"]
+    torch.library.opcheck(_op, ("packed", pack_factor(metric.lower), K, R, 1.0, history))
+    moment = metric.lower @ metric.lower.mT
+    torch.library.opcheck(_op, ("refined", metric.lower.float(), K, R, 1.0, history, moment))
+    rows = fastedit.explain("edit_solve", metric, K, R, mu=1.0)
+    assert [(row.name, row.chosen) for row in rows] == [("cpu", False), ("eager", True)]
