@@ -50,7 +50,8 @@ py::dict info() {
 void second_moment(std::uintptr_t keys, bool bfloat16, std::int64_t key_stride, std::int64_t key_layer_stride,
                    std::uintptr_t rows, std::uintptr_t count, int tokens, int d, int layers,
                    std::uintptr_t master, bool master_float64, std::int64_t master_stride,
-                   std::int64_t master_layer_stride, std::uintptr_t stream) {
+                   std::int64_t master_layer_stride, std::uintptr_t staging, bool sm90,
+                   std::uintptr_t stream) {
     require_device();
     const fastedit::SecondMomentCuda args{pointer<const void>(keys),
                                           bfloat16,
@@ -64,11 +65,13 @@ void second_moment(std::uintptr_t keys, bool bfloat16, std::int64_t key_stride, 
                                           pointer<void>(master),
                                           master_float64,
                                           master_stride,
-                                          master_layer_stride};
+                                          master_layer_stride,
+                                          pointer<void>(staging)};
     cudaError_t error;
     {
         py::gil_scoped_release release;
-        error = fastedit::second_moment(args, pointer<CUstream_st>(stream));
+        const auto run = sm90 ? fastedit::second_moment_sm90 : fastedit::second_moment;
+        error = run(args, pointer<CUstream_st>(stream));
     }
     check(error, "second_moment_");
 }
@@ -103,7 +106,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("second_moment", &second_moment, py::arg("keys"), py::arg("bfloat16"), py::arg("key_stride"),
           py::arg("key_layer_stride"), py::arg("rows"), py::arg("count"), py::arg("tokens"), py::arg("d"),
           py::arg("layers"), py::arg("master"), py::arg("master_float64"), py::arg("master_stride"),
-          py::arg("master_layer_stride"), py::arg("stream"));
+          py::arg("master_layer_stride"), py::arg("staging"), py::arg("sm90"), py::arg("stream"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("right"), py::arg("float64"), py::arg("rows"), py::arg("columns"),
           py::arg("rank"), py::arg("alpha"), py::arg("stream"));

@@ -296,6 +296,11 @@ def _run_cuda(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | N
         # A stable sort puts the kept rows first without telling the host how many they are: no synchronisation.
         rows = torch.argsort(~mask, stable=True).to(torch.int32)
         count = mask.sum(dtype=torch.int32)
+    sm90 = torch.cuda.get_device_capability(keys.device)[0] == 9
+    staging = None
+    if sm90 and rows is not None:
+        # Bulk copies cannot skip rows: the kept ones are gathered here, up to a whole step of 64.
+        staging = keys.new_empty(keys.shape[0], -(-keys.shape[1] // 64) * 64, keys.shape[2])
     with torch.cuda.device(keys.device):
         native(
             keys=keys.data_ptr(),
@@ -311,6 +316,8 @@ def _run_cuda(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | N
             master_float64=masters.dtype == torch.float64,
             master_stride=masters.stride(1),
             master_layer_stride=masters.stride(0),
+            staging=0 if staging is None else staging.data_ptr(),
+            sm90=sm90,
             stream=torch.cuda.current_stream(keys.device).cuda_stream,
         )
 

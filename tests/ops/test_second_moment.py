@@ -526,4 +526,4 @@ def test_cuda_module_without_a_device_says_so() -> None:
 
     assert _cuda.info()["devices"] == 0
     with pytest.raises(RuntimeError, match="no CUDA device: "):
-        _cuda.second_moment(0, True, 8, 64, 0, 0, 1, 8, 1, 0, True, 8, 64, 0)
+        _cuda.second_moment(0, True, 8, 64, 0, 0, 1, 8, 1, 0, True, 8, 64, 0, False, 0)
