@@ -12,23 +12,35 @@ from typing import Any
 _LAZY = {
     "CholeskyMetric": "edit_solve",
     "IdentityMetric": "edit_solve",
+    "LowRankLayer": "lowrank_transform",
+    "LowRankNet": "lowrank_transform",
     "ProjectorMetric": "edit_solve",
+    "RowMoments": "row_moments",
     "cholesky_factor": "edit_solve",
     "delta_step_": "delta_step",
+    "magnitude_mask_": "kth_magnitude",
     "mirror_": "second_moment",
     "rank_update_": "rank_update",
+    "row_moments_": "row_moments",
     "second_moment_": "second_moment",
+    "topk_keys": "nearest_key",
 }
 
 __all__ = [
     "CholeskyMetric",
     "IdentityMetric",
+    "LowRankLayer",
+    "LowRankNet",
     "ProjectorMetric",
+    "RowMoments",
     "cholesky_factor",
     "delta_step_",
+    "magnitude_mask_",
     "mirror_",
     "rank_update_",
+    "row_moments_",
     "second_moment_",
+    "topk_keys",
 ]
 
 
