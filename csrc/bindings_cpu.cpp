@@ -11,6 +11,8 @@
 
 #include "cpu/branch_attention.h"
 #include "cpu/isa.h"
+#include "cpu/kth_magnitude.h"
+#include "cpu/nearest_key.h"
 #include "cpu/rank_update.h"
 #include "cpu/second_moment.h"
 
@@ -18,6 +20,7 @@ namespace py = pybind11;
 using fastedit::BranchType;
 using fastedit::FactorType;
 using fastedit::KeyType;
+using fastedit::MagnitudeType;
 using fastedit::MasterType;
 using fastedit::WeightType;
 
@@ -51,7 +54,8 @@ void second_moment(std::uintptr_t keys, int key_type, std::int64_t key_stride, s
 void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_stride, std::uintptr_t left,
                  std::int64_t left_row_stride, std::int64_t left_rank_stride, std::uintptr_t right,
                  std::int64_t right_rank_stride, std::int64_t right_column_stride, int factor_type,
-                 std::int64_t rows, std::int64_t columns, std::int64_t rank, double alpha, int threads) {
+                 std::int64_t rows, std::int64_t columns, std::int64_t rank, double alpha, int threads,
+                 std::uintptr_t norms) {
     py::gil_scoped_release release;
     fastedit::rank_update({pointer<void>(weight),
                            static_cast<WeightType>(weight_type),
@@ -65,7 +69,8 @@ void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_str
                            columns,
                            rank,
                            alpha,
-                           threads});
+                           threads,
+                           pointer<double>(norms)});
 }
 
 // A [tokens, heads, d] tensor: address, type, strides of tokens and heads.
@@ -119,6 +124,50 @@ void branch_attention_backward(const std::vector<Rows>& inputs, const BranchInde
     fastedit::branch_attention_backward(args);
 }
 
+void kth_magnitude(std::uintptr_t x, int type, std::int64_t n, std::int64_t k, std::uintptr_t out,
+                   int threads) {
+    py::gil_scoped_release release;
+    fastedit::kth_magnitude(pointer<const void>(x), static_cast<MagnitudeType>(type), n, k,
+                            pointer<void>(out), threads);
+}
+
+void magnitude_mask(std::uintptr_t x, int type, std::uintptr_t score, int score_type, std::int64_t n,
+                    std::int64_t k, bool all_ties, int threads) {
+    py::gil_scoped_release release;
+    fastedit::magnitude_mask(pointer<void>(x), static_cast<MagnitudeType>(type), pointer<const void>(score),
+                             static_cast<MagnitudeType>(score_type), n, k, all_ties, threads);
+}
+
+// q, queries, d, keys, key_type, key_stride, count
+using NearestKeys =
+    std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t, int, std::int64_t, std::int64_t>;
+
+fastedit::NearestKeyArgs nearest_key_args(const NearestKeys& in, int threads) {
+    const auto& [q, queries, d, keys, type, stride, count] = in;
+    return {pointer<const float>(q),
+            queries,
+            d,
+            pointer<const void>(keys),
+            static_cast<fastedit::KeyRowType>(type),
+            stride,
+            count,
+            threads};
+}
+
+void nearest_key(const NearestKeys& in, std::uintptr_t index, std::uintptr_t distance, std::uintptr_t second,
+                 int threads) {
+    py::gil_scoped_release release;
+    fastedit::nearest_key(nearest_key_args(in, threads), pointer<std::int64_t>(index),
+                          pointer<float>(distance), pointer<float>(second));
+}
+
+void topk_keys(const NearestKeys& in, std::int64_t k, bool cosine, std::uintptr_t scores,
+               std::uintptr_t index, int threads) {
+    py::gil_scoped_release release;
+    fastedit::topk_keys(nearest_key_args(in, threads), k, cosine, pointer<float>(scores),
+                        pointer<std::int64_t>(index));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -130,11 +179,20 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),
-          py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("alpha"), py::arg("threads"));
+          py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("alpha"), py::arg("threads"),
+          py::arg("norms"));
     m.def("branch_attention", &branch_attention, py::arg("inputs"), py::arg("index"), py::arg("sizes"),
           py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("lse"), py::arg("out"),
           py::arg("threads"));
     m.def("branch_attention_backward", &branch_attention_backward, py::arg("inputs"), py::arg("index"),
           py::arg("sizes"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("lse"),
           py::arg("grad"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("threads"));
+    m.def("kth_magnitude", &kth_magnitude, py::arg("x"), py::arg("type"), py::arg("n"), py::arg("k"),
+          py::arg("out"), py::arg("threads"));
+    m.def("magnitude_mask", &magnitude_mask, py::arg("x"), py::arg("type"), py::arg("score"),
+          py::arg("score_type"), py::arg("n"), py::arg("k"), py::arg("all_ties"), py::arg("threads"));
+    m.def("nearest_key", &nearest_key, py::arg("keys"), py::arg("index"), py::arg("distance"),
+          py::arg("second"), py::arg("threads"));
+    m.def("topk_keys", &topk_keys, py::arg("keys"), py::arg("k"), py::arg("cosine"), py::arg("scores"),
+          py::arg("index"), py::arg("threads"));
 }

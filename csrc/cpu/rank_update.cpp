@@ -11,6 +11,7 @@
 namespace fastedit {
 
 void rank_update(const RankUpdateArgs& args) {
+    if (args.norms != nullptr) args.norms[0] = args.norms[1] = 0.0;
     if (args.rows == 0 || args.columns == 0 || args.rank == 0) return;
     const auto pack = FASTEDIT_PICK(rank_update_pack);
     const auto update = FASTEDIT_PICK(rank_update_rows);
@@ -26,12 +27,16 @@ void rank_update(const RankUpdateArgs& args) {
         pack(args, panel, packed.get() + panel * width * args.rank * size);
     });
     // Rows belong to one task each, so results do not depend on the number of threads.
-    parallel_for(threads, (args.rows + kRankUpdateRows - 1) / kRankUpdateRows,
-                 [&](std::int64_t task, int worker) {
-                     const std::int64_t first = task * kRankUpdateRows;
-                     update(args, first, std::min(first + kRankUpdateRows, args.rows), packed.get(),
-                            scratch.get() + worker * scratch_size);
-                 });
+    const std::int64_t tasks = (args.rows + kRankUpdateRows - 1) / kRankUpdateRows;
+    const Buffer<double> norms(args.norms == nullptr ? 0 : 2 * tasks);
+    parallel_for(threads, tasks, [&](std::int64_t task, int worker) {
+        const std::int64_t first = task * kRankUpdateRows;
+        update(args, first, std::min(first + kRankUpdateRows, args.rows), packed.get(),
+               scratch.get() + worker * scratch_size,
+               args.norms == nullptr ? nullptr : norms.get() + 2 * task);
+    });
+    for (std::int64_t task = 0; args.norms != nullptr && task < tasks; ++task)
+        for (int i = 0; i < 2; ++i) args.norms[i] += norms.get()[2 * task + i];
 }
 
 }  // namespace fastedit

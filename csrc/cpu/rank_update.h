@@ -23,6 +23,8 @@ struct RankUpdateArgs {
     std::int64_t rows, columns, rank;
     double alpha;
     int threads;
+    // Two numbers, or null: |W' - W|^2 and |alpha left right - (W' - W)|^2, Frobenius.
+    double* norms;
 };
 
 // Rows of one task; a multiple of every level's tile height.
@@ -33,9 +35,10 @@ FASTEDIT_DECLARE_LEVELS(
     std::int64_t rank_update_width(FactorType type);
     // Packs panel `panel` of the right factor, zero-padded on the right.
     void rank_update_pack(const RankUpdateArgs& args, std::int64_t panel, void* packed);
-    // Updates rows [first, last). scratch: kRankUpdateRows * rank elements of the factor type.
+    // Updates rows [first, last). scratch: kRankUpdateRows * rank elements of the factor type; norms: as in
+    // the arguments, of these rows, or null.
     void rank_update_rows(const RankUpdateArgs& args, std::int64_t first, std::int64_t last,
-                          const void* packed, void* scratch);)
+                          const void* packed, void* scratch, double* norms);)
 
 void rank_update(const RankUpdateArgs& args);
 

@@ -4,6 +4,7 @@
 // rounded: every weight is read and written once, whatever its type, and its wide copy never leaves the
 // registers and the first-level cache.
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef __AVX2__
@@ -94,6 +95,39 @@ inline void add_row(Float16* weight, const float* update, std::int64_t n) {
 }
 #endif
 
+// Sums the squares of what a row changed by and of what rounding kept from it, in lanes.
+struct Norms {
+    static constexpr int lanes = 8;
+    double added[lanes] = {}, lost[lanes] = {};
+
+    template <typename Weight, typename T>
+    void add(const Weight* before, const Weight* after, const T* update, std::int64_t n) {
+        std::int64_t j = 0;
+        for (; j + lanes <= n; j += lanes) add_lanes(before + j, after + j, update + j, lanes);
+        add_lanes(before + j, after + j, update + j, static_cast<int>(n - j));
+    }
+
+    template <typename Weight, typename T>
+    inline __attribute__((always_inline)) void add_lanes(const Weight* before, const Weight* after,
+                                                         const T* update, int n) {
+        for (int lane = 0; lane < n; ++lane) {
+            const double change = static_cast<double>(widen(after[lane])) - widen(before[lane]);
+            const double rest = update[lane] - change;
+            added[lane] += change * change;
+            lost[lane] += rest * rest;
+        }
+    }
+};
+
+// As add_row, and measures.
+template <typename Weight, typename T>
+inline void add_row(Weight* weight, const T* update, std::int64_t n, Norms* norms) {
+    Weight before[Simd<T>::width];
+    __builtin_memcpy(before, weight, static_cast<std::size_t>(n) * sizeof(Weight));
+    add_row(weight, update, n);
+    norms->add(before, weight, update, n);
+}
+
 template <typename T>
 void pack(const RankUpdateArgs& args, std::int64_t panel, T* out) {
     constexpr int width = Simd<T>::width;
@@ -122,7 +156,8 @@ void pack_left(const RankUpdateArgs& args, std::int64_t first, std::int64_t last
 }
 
 template <typename Weight, typename T>
-void update(const RankUpdateArgs& args, std::int64_t first, std::int64_t last, const T* packed, T* left) {
+void update(const RankUpdateArgs& args, std::int64_t first, std::int64_t last, const T* packed, T* left,
+            double* norms) {
     constexpr int width = Simd<T>::width;
     const std::int64_t rank = args.rank, panels = (args.columns + width - 1) / width;
     const std::int64_t panel_bytes = rank * width * static_cast<std::int64_t>(sizeof(T));
@@ -133,6 +168,7 @@ void update(const RankUpdateArgs& args, std::int64_t first, std::int64_t last, c
     pack_left(args, first, last, left);
     Weight* weight = static_cast<Weight*>(args.weight);
     T sums[kRows * width];
+    Norms measured;
     for (std::int64_t begin = 0; begin < panels; begin += block) {
         const std::int64_t end = begin + block < panels ? begin + block : panels;
         for (std::int64_t strip = first; strip < last; strip += deep) {
@@ -146,7 +182,10 @@ void update(const RankUpdateArgs& args, std::int64_t first, std::int64_t last, c
                     for (int r = 0; r < rows; ++r)
                         __builtin_prefetch(at + r * args.weight_stride + (deep == kRows ? 256 : 0), 1);
                     tile(left + (row - first) * rank, packed + p * rank * width, rank, sums);
-                    if (columns == width) {  // a constant count lets the compiler unroll
+                    if (norms != nullptr) {
+                        for (int r = 0; r < rows; ++r)
+                            add_row(at + r * args.weight_stride, sums + r * width, columns, &measured);
+                    } else if (columns == width) {  // a constant count lets the compiler unroll
                         for (int r = 0; r < rows; ++r)
                             add_row(at + r * args.weight_stride, sums + r * width, width);
                     } else {
@@ -156,6 +195,12 @@ void update(const RankUpdateArgs& args, std::int64_t first, std::int64_t last, c
                 }
             }
         }
+    }
+    if (norms == nullptr) return;
+    norms[0] = norms[1] = 0.0;
+    for (int lane = 0; lane < Norms::lanes; ++lane) {
+        norms[0] += measured.added[lane];
+        norms[1] += measured.lost[lane];
     }
 }
 
@@ -171,19 +216,19 @@ void rank_update_pack(const RankUpdateArgs& args, std::int64_t panel, void* pack
 }
 
 void rank_update_rows(const RankUpdateArgs& args, std::int64_t first, std::int64_t last, const void* packed,
-                      void* scratch) {
+                      void* scratch, double* norms) {
     if (args.factor_type == FactorType::kFloat64)
         return update<float>(args, first, last, static_cast<const double*>(packed),
-                             static_cast<double*>(scratch));
+                             static_cast<double*>(scratch), norms);
     const float* right = static_cast<const float*>(packed);
     float* left = static_cast<float*>(scratch);
     switch (args.weight_type) {
         case WeightType::kFloat32:
-            return update<float>(args, first, last, right, left);
+            return update<float>(args, first, last, right, left, norms);
         case WeightType::kBFloat16:
-            return update<BFloat16>(args, first, last, right, left);
+            return update<BFloat16>(args, first, last, right, left, norms);
         case WeightType::kFloat16:
-            return update<Float16>(args, first, last, right, left);
+            return update<Float16>(args, first, last, right, left, norms);
     }
 }
 

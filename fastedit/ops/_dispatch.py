@@ -254,8 +254,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> list[Candidate]:
 def _candidates(op: _Op, args: tuple[Any, ...] | None) -> list[Candidate]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for arg in args or ():
-        if isinstance(arg, torch.Tensor):
-            device = arg.device.type
+        first = arg[0] if isinstance(arg, list) and arg else arg
+        if isinstance(first, torch.Tensor):
+            device = first.device.type
             break
     forced, rows, chosen = _forced(), [], False
     for impl in op.impls:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import define_op
+from fastedit.ops._dispatch import Impl, define_op
 
 __all__ = ["kth_magnitude", "magnitude_mask_"]
 
@@ -105,6 +106,56 @@ def _fake_mask(x: Tensor, score: Tensor | None, k: int, all_ties: bool) -> None:
     return None
 
 
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # MagnitudeType
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    """The same numbers side by side, in any order; a copy only where they are not."""
+    outer_first = sorted(range(x.ndim), key=x.stride, reverse=True)
+    return x.permute(outer_first).contiguous()
+
+
+def _run_cpu(native: Callable[..., Any], x: Tensor, k: int) -> Tensor:
+    out = torch.empty((), dtype=x.dtype)
+    flat = _without_gaps(x)
+    native(
+        x=flat.data_ptr(),
+        type=_CODES[x.dtype],
+        n=x.numel(),
+        k=k,
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _run_mask_cpu(
+    native: Callable[..., Any], x: Tensor, score: Tensor | None, k: int, all_ties: bool
+) -> None:
+    flat = x.contiguous()
+    other = flat if score is None else score.contiguous()
+    native(
+        x=flat.data_ptr(),
+        type=_CODES[x.dtype],
+        score=other.data_ptr(),
+        score_type=_CODES[other.dtype],
+        n=x.numel(),
+        k=k,
+        all_ties=all_ties,
+        threads=torch.get_num_threads(),
+    )
+    if flat.data_ptr() != x.data_ptr():
+        x.copy_(flat)
+
+
+def _refuse_cpu(x: Tensor, k: int) -> str | None:
+    return None
+
+
+def _refuse_mask_cpu(x: Tensor, score: Tensor | None, k: int, all_ties: bool) -> str | None:
+    return None
+
+
 def _bind(x: Tensor, k: int, *, largest: bool = True) -> tuple[object, ...]:
     return x, k if largest else x.numel() + 1 - k
 
@@ -113,11 +164,19 @@ def _bind_mask(x: Tensor, k: int, *, score: Tensor | None = None, ties: str = "f
     return x, score, k, ties == "all"
 
 
-_op = define_op("kth_magnitude", "(Tensor x, int k) -> Tensor", _fake, _eager, bind=_bind)
+_op = define_op(
+    "kth_magnitude",
+    "(Tensor x, int k) -> Tensor",
+    _fake,
+    _eager,
+    [Impl("cpu", "cpu", "fastedit._cpu:kth_magnitude", _refuse_cpu, _run_cpu)],
+    bind=_bind,
+)
 _op_mask = define_op(
     "magnitude_mask_",
     "(Tensor(a!) x, Tensor? score, int k, bool all_ties) -> ()",
     _fake_mask,
     _eager_mask,
+    [Impl("cpu", "cpu", "fastedit._cpu:magnitude_mask", _refuse_mask_cpu, _run_mask_cpu)],
     bind=_bind_mask,
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import define_op
+from fastedit.ops._dispatch import Impl, define_op
 
 __all__ = ["Nearest", "nearest_key", "topk_keys"]
 
@@ -116,23 +117,19 @@ def _eager(q: Tensor, keys: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor
             squares[rows, some] = (q[rows, None] - part).square_().sum(-1)
     squares.nan_to_num_(torch.inf, torch.inf)
     if N == 0:
-        nothing = squares.new_full((B,), torch.inf)
-        return _outcome(q.new_full((B,), -1, dtype=torch.int64), nothing, nothing.clone(), eps)
+        index, best = q.new_full((B,), -1, dtype=torch.int64), squares.new_full((B,), torch.inf)
+        return index, best, _hit(index, best, eps), best.clone()
     index = squares.argmin(1)
     best = squares.gather(1, index[:, None]).squeeze(1)
     second = squares.scatter(1, index[:, None], torch.inf).amin(1)
-    return _outcome(torch.where(best < torch.inf, index, -1), best, second, eps)
+    index, distance = torch.where(best < torch.inf, index, -1), best.sqrt()
+    return index, distance, _hit(index, distance, eps), second.sqrt()
 
 
-def _outcome(
-    index: Tensor, best: Tensor, second: Tensor, eps: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the op returns, from the two least squares."""
-    distance = best.sqrt()
+def _hit(index: Tensor, distance: Tensor, eps: Tensor) -> Tensor:
     if eps.shape[0] == 0:
-        return index, distance, torch.zeros_like(index, dtype=torch.bool), second.sqrt()
-    hit = (index >= 0) & (distance <= eps[index.clamp(min=0)])
-    return index, distance, hit, second.sqrt()
+        return torch.zeros_like(index, dtype=torch.bool)
+    return (index >= 0) & (distance <= eps[index.clamp(min=0)])
 
 
 def _fake(q: Tensor, keys: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -176,6 +173,57 @@ def _fake_topk(q: Tensor, keys: Tensor, k: int, cosine: bool) -> tuple[Tensor, T
     return q.new_empty(shape, dtype=_dtype(q, keys)), q.new_empty(shape, dtype=torch.int64)
 
 
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/nearest_key.h: KeyRowType
+Kept = tuple[tuple[int, ...], tuple[Tensor, Tensor]]
+
+
+def _native_keys(q: Tensor, keys: Tensor) -> Kept:
+    """What the kernels are told of queries and keys, and the tensors that must live until they return."""
+    wide = q.to(torch.float32).contiguous()
+    keys = keys if keys.shape[1] == 1 or keys.stride(1) == 1 else keys.contiguous()
+    row = (keys.data_ptr(), _CODES[keys.dtype], keys.stride(0), keys.shape[0])
+    return (wide.data_ptr(), *q.shape, *row), (wide, keys)
+
+
+def _run_cpu(
+    native: Callable[..., Any], q: Tensor, keys: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B = q.shape[0]
+    index, distance, second = torch.empty(B, dtype=torch.int64), torch.empty(B), torch.empty(B)
+    given, _kept = _native_keys(q, keys)
+    native(
+        keys=given,
+        index=index.data_ptr(),
+        distance=distance.data_ptr(),
+        second=second.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return index, distance, _hit(index, distance, eps), second
+
+
+def _run_topk_cpu(
+    native: Callable[..., Any], q: Tensor, keys: Tensor, k: int, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (q.shape[0], k)
+    scores, index = torch.empty(shape), torch.empty(shape, dtype=torch.int64)
+    given, _kept = _native_keys(q, keys)
+    native(
+        keys=given,
+        k=k,
+        cosine=cosine,
+        scores=scores.data_ptr(),
+        index=index.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return scores, index
+
+
+def _refuse(q: Tensor, keys: Tensor, *_: object) -> str | None:
+    if _dtype(q, keys) == torch.float64:
+        return "the kernel sums in float32, and float64 queries or keys need float64"
+    return None
+
+
 def _bind(q: Tensor, keys: Tensor, eps: Tensor | float) -> tuple[object, ...]:
     return q, keys, _radii(keys, eps)
 
@@ -189,6 +237,7 @@ _op = define_op(
     "(Tensor q, Tensor keys, Tensor eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _eager,
+    [Impl("cpu", "cpu", "fastedit._cpu:nearest_key", _refuse, _run_cpu)],
     bind=_bind,
 )
 _op_topk = define_op(
@@ -196,5 +245,6 @@ _op_topk = define_op(
     "(Tensor q, Tensor keys, int k, bool cosine) -> (Tensor, Tensor)",
     _fake_topk,
     _eager_topk,
+    [Impl("cpu", "cpu", "fastedit._cpu:topk_keys", _refuse, _run_topk_cpu)],
     bind=_bind_topk,
 )

@@ -176,6 +176,90 @@ def test_threads_give_the_same_bits(native_cpu: None) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("factor", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+def test_measured_on_every_level(cpu_level: str, weight: torch.dtype, factor: torch.dtype) -> None:
+    measured("cpu", weight, factor)
+
+
+@pytest.mark.parametrize("factor", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", [*WEIGHTS, torch.float64], ids=str)
+def test_measured_by_the_default(weight: torch.dtype, factor: torch.dtype) -> None:
+    measured("eager", weight, factor)
+
+
+def measured(backend: str, weight: torch.dtype, factor: torch.dtype) -> None:
+    """What is reported is what happened to the bits, and the result is that of the call which does not report."""
+    sizes = [(1, 1, 1), (97, 63, 2), (200, 49, 7)]
+    problems = [problem(*size, weight, factor) for size in sizes]
+    W, left, right = (list(part) for part in zip(*problems))
+    left = [1e-2 * part for part in left]
+    plain, found = [w.clone() for w in W], [w.clone() for w in W]
+    with fastedit.backend(backend):
+        rank_update_(plain, left, right, alpha=[0.5, 1.0, -2.0])
+        added, lost = rank_update_(found, left, right, alpha=[0.5, 1.0, -2.0], measure=True)
+    for index, alpha in enumerate((0.5, 1.0, -2.0)):
+        if backend == "cpu" or weight != factor:  # torch's addmm_ and a sum of two steps round otherwise
+            assert torch.equal(plain[index], found[index])
+        change = found[index].double() - W[index].double()
+        update = alpha * left[index].double() @ right[index].double()
+        torch.testing.assert_close(added[index], change.square().sum())
+        rest = (update - change).norm()
+        slack = 1e-6 * float(update.norm() + W[index].double().norm())  # the sum over ranks is float32
+        assert abs(float(lost[index].sqrt() - rest)) <= 1e-4 * float(rest) + slack
+
+
+def test_what_bfloat16_cannot_hold_is_lost(cpu_level: str) -> None:
+    for backend in ("eager", "cpu"):
+        W = torch.ones(50, 70).bfloat16()
+        with fastedit.backend(backend):
+            added, lost = rank_update_(W, torch.full((50, 1), 1e-3), torch.ones(1, 70), measure=True)
+        assert W.eq(1).all() and added.tolist() == [0.0]
+        torch.testing.assert_close(lost, torch.tensor([50 * 70 * 1e-6], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_several_modules_in_one_call(backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "cpu":
+        request.getfixturevalue("native_cpu")
+    sizes = [(33, 17, 4), (17, 33, 1), (5, 100, 0), (40, 40, 9)]
+    kinds = [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]
+    problems = [problem(*size, kind, torch.float64) for size, kind in zip(sizes, kinds)]
+    W, left, right = (list(part) for part in zip(*problems))
+    found = [w.T.clone(memory_format=torch.contiguous_format) for w in W]
+    with fastedit.backend(backend):
+        rank_update_(found, left, right, alpha=0.25, transposed=True)
+    for index in range(len(W)):
+        check(found[index].T, W[index], left[index], right[index], 0.25)
+
+
+def test_bad_groups() -> None:
+    W, left, right = torch.zeros(4, 3), torch.zeros(4, 1), torch.zeros(1, 3)
+    with pytest.raises(ValueError, match="W must be at least one weight, got an empty sequence"):
+        rank_update_([], [], [])
+    with pytest.raises(ValueError, match="right must have one entry for each of the 2 weights, got 1"):
+        rank_update_([W, W.clone()], [left, left], [right])
+    with pytest.raises(ValueError, match="alpha must have one entry for each of the 1 weights, got 2"):
+        rank_update_(W, left, right, alpha=[1.0, 2.0])
+    with pytest.raises(ValueError, match=r"left\[1\] must be \[4, r\] for W \[4, 3\], got \[3, 1\]"):
+        rank_update_([W, W.clone()], [left, left[:3]], [right, right])
+    with pytest.raises(ValueError, match=r"W\[1\] must be on W's device cpu, got meta"):
+        rank_update_([W, W.to("meta")], [left, left], [right, right])
+
+
+def test_threads_give_the_same_norms(native_cpu: None) -> None:
+    W, left, right = problem(500, 130, 20, torch.bfloat16, torch.float32)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with fastedit.backend("cpu"):
+                results.append(torch.stack(rank_update_(W.clone(), left, right, measure=True)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_parameters_are_changed_in_place() -> None:
     for weight in (torch.float32, torch.bfloat16):
         layer = torch.nn.Linear(8, 6, dtype=weight)
@@ -230,8 +314,8 @@ def test_other_bad_input() -> None:
 def test_opcheck() -> None:
     for weight in (torch.float32, torch.bfloat16):
         W, left, right = problem(6, 5, 2, weight, torch.float32)
-        torch.library.opcheck(_op, (W, left, right, 0.5, False))
-        torch.library.opcheck(_op, (W, right.T, left.T, 0.5, True))
+        torch.library.opcheck(_op, ([W], [left], [right], [0.5], False, False))
+        torch.library.opcheck(_op, ([W, W.clone()], [right.T] * 2, [left.T] * 2, [0.5, 1.0], True, True))
 
 
 needs_triton = pytest.mark.skipif(
