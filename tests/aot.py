@@ -23,8 +23,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel. spills: loads and stores of local memory; tensor_core: matrix instructions;
-    waits: the largest number of tensor-core groups that may still run when the code waits for them (sm_90)."""
+    """One compiled kernel. spills: loads and stores of local memory; tensor_core: matrix instructions; bulk_loads:
+    loads by the bulk copy engine."""
 
     kernel: str
     warps: int

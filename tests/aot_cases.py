@@ -66,8 +66,200 @@ def _second_moment() -> Iterator[Case]:
         yield case(F16, master, masked=True, d=6403, slow=True)
 
 
+def _rank_update() -> Iterator[Case]:
+    from fastedit.kernels.rank_update import rank_update_
+
+    def case(
+        weight: torch.dtype, factor: torch.dtype, rank: int, *, measure: bool, width: int = 16384, slow: bool
+    ) -> Case:
+        def launch() -> None:
+            norms = meta(2, dtype=F64) if measure else None
+            left, right = meta(4096, rank, dtype=factor), meta(rank, width, dtype=factor)
+            rank_update_(meta(4096, width, dtype=weight), left, right, 0.5, norms)
+
+        what = f"{_NAMES[weight]} W, {_NAMES[factor]} factors, rank {rank}, width {width}" + ", measured" * measure
+        return Case("rank_update_", what, launch, dots=("_rank_update_kernel",) * (rank > 8), slow=slow)
+
+    for rank in (4, 64):
+        yield case(BF16, F32, rank, measure=False, slow=False)
+        yield case(BF16, F32, rank, measure=True, slow=False)
+        yield case(F32, F64, rank, measure=True, slow=False)
+        yield case(F32, F64, rank, measure=False, slow=True)
+        yield case(F16, F32, rank, measure=True, width=6403, slow=True)
+
+
+def _branch_attention() -> Iterator[Case]:
+    from fastedit.kernels.branch_attention import CONFIGS, branch_attention, branch_attention_backward
+
+    def case(width: int, half: bool, *, options: bool, slow: bool) -> Case:
+        kind = BF16 if half else F32
+        heads, group = 32, 4 if options else 1
+
+        def launch() -> None:
+            q, lse = meta(2000, heads, width, dtype=kind), meta(2000, heads)
+            k, v, k_prefix, v_prefix = (meta(2000, heads // group, width, dtype=kind) for _ in range(4))
+            columns = meta(450, 32, dtype=torch.int64)
+            index = (columns, *(meta(n, dtype=torch.int64) for n in (451, 2000, 451)))
+            limits = (8, 8, 0.125, 30.0 if options else 0.0, 100 if options else 0)
+            branch_attention(q, k, v, k_prefix, v_prefix, *index, *limits)
+            branch_attention_backward(q, lse, q, k, v, k_prefix, v_prefix, *index, *limits)
+
+        what = f"{_NAMES[kind]}, heads of {width}" + ", grouped, capped, windowed" * options
+        kernels = ("_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel")
+        return Case("branch_attention", what, launch, dots=kernels, slow=slow)
+
+    for width, half in CONFIGS:
+        yield case(width, half, options=True, slow=width < 64)
+        if width == 64:
+            yield case(width, half, options=False, slow=not half)
+
+
+def _target_loss() -> Iterator[Case]:
+    from fastedit.kernels.target_loss import target_loss
+
+    def case(weight: torch.dtype, *, full: bool, slow: bool) -> Case:
+        def launch() -> None:
+            rows, logp = meta(8, dtype=torch.int64), meta(8, 50400)
+            bias = meta(50400, dtype=weight) if full else None
+            given = (rows, logp) if full else (None, None)
+            head = meta(50400, 4096, dtype=weight)
+            target_loss(meta(64, 4096), head, bias, meta(64, dtype=torch.int64), *given, 30.0 * full, full)
+
+        return Case("target_loss", f"{_NAMES[weight]} head" + ", bias, cap, KL, gradient" * full, launch, slow=slow)
+
+    yield case(BF16, full=True, slow=False)
+    yield case(F32, full=True, slow=False)
+    yield case(F16, full=False, slow=True)
+    yield case(BF16, full=False, slow=True)
+
+
+def _delta_step() -> Iterator[Case]:
+    from fastedit.kernels.delta_step import delta_step_
+
+    def case(kind: torch.dtype, grad: torch.dtype, d: int, *, slow: bool) -> Case:
+        def launch() -> None:
+            delta, m, v = (meta(64, d, dtype=kind) for _ in range(3))
+            rows = (meta(64, dtype=torch.int64), meta(64, dtype=kind), meta(64, dtype=torch.bool))
+            delta_step_(delta, meta(64, d, dtype=grad), m, v, *rows, 0.5, 0.5, 0.75, 0.9, 0.999, 1e-8)
+
+        return Case("delta_step_", f"{_NAMES[kind]} state, {_NAMES[grad]} gradient, d={d}", launch, slow=slow)
+
+    yield case(F32, F32, 4096, slow=False)
+    yield case(F64, F64, 4096, slow=False)
+    yield case(F32, BF16, 1601, slow=True)
+
+
+def _nearest_key() -> Iterator[Case]:
+    from fastedit.kernels.nearest_key import nearest_key
+
+    def case(kind: torch.dtype, d: int, *, slow: bool) -> Case:
+        def launch() -> None:
+            nearest_key(meta(8, d, dtype=kind), meta(10000, d, dtype=kind), meta(10000))
+
+        return Case("nearest_key", f"{_NAMES[kind]}, d={d}", launch, slow=slow)
+
+    yield case(F32, 4096, slow=False)
+    yield case(BF16, 4096, slow=False)
+    yield case(F64, 4096, slow=True)
+    yield case(F16, 1601, slow=True)
+
+
+def _kth_magnitude() -> Iterator[Case]:
+    from fastedit.kernels.kth_magnitude import kth_magnitude, magnitude_mask_
+
+    def select(kind: torch.dtype, *, slow: bool) -> Case:
+        def launch() -> None:
+            kth_magnitude(meta(4096, 16384, dtype=kind), 1000)
+
+        return Case("kth_magnitude", _NAMES[kind], launch, slow=slow)
+
+    def mask(kind: torch.dtype, *, all_ties: bool, slow: bool) -> Case:
+        def launch() -> None:
+            magnitude_mask_(meta(4096, 16384, dtype=kind), None, 1000, all_ties)
+
+        what = f"{_NAMES[kind]}, {'all' if all_ties else 'first'} ties"
+        return Case("magnitude_mask_", what, launch, slow=slow)
+
+    yield select(F32, slow=False)
+    for kind in (BF16, F16, F64):
+        yield select(kind, slow=True)
+    yield mask(BF16, all_ties=False, slow=False)
+    yield mask(F32, all_ties=True, slow=True)
+    yield mask(F64, all_ties=False, slow=True)
+
+
+def _attribution_reduce() -> Iterator[Case]:
+    from fastedit.kernels.attribution_reduce import attribution_reduce
+
+    def case(kind: torch.dtype, *, f: int, activation: bool, slow: bool) -> Case:
+        def launch() -> None:
+            own = meta(400, f, dtype=kind) if activation else None
+            attribution_reduce(meta(8000, f, dtype=kind), meta(401, dtype=torch.int64), own, 20)
+
+        what = f"{_NAMES[kind]}, f={f}" + ", activation" * activation
+        return Case("attribution_reduce", what, launch, slow=slow)
+
+    yield case(F32, f=16384, activation=True, slow=False)
+    yield case(BF16, f=16384, activation=True, slow=False)
+    yield case(F64, f=6403, activation=False, slow=True)
+
+
+def _row_moments() -> Iterator[Case]:
+    from fastedit.kernels.row_moments import row_moments_
+
+    def case(state: torch.dtype, rows: torch.dtype, *, parts: bool, slow: bool) -> Case:
+        def launch() -> None:
+            X, D = meta(640, 4096, dtype=rows), meta(640, 16384, dtype=rows) if parts else None
+            width = 20480 if parts else 4096
+            mask = meta(640, dtype=torch.bool) if parts else None
+            tensors = (meta(dtype=torch.int64), meta(width, dtype=state), meta(width, dtype=state))
+            row_moments_(*tensors, X, D, mask, [100, 0, 540], parts)
+
+        what = f"{_NAMES[state]} state, {_NAMES[rows]} rows" + ", two parts, mask, inflated" * parts
+        return Case("row_moments_", what, launch, slow=slow)
+
+    yield case(F64, F32, parts=True, slow=False)
+    yield case(F32, BF16, parts=False, slow=False)
+    yield case(F64, F64, parts=False, slow=True)
+
+
+def _lowrank_transform() -> Iterator[Case]:
+    from fastedit.kernels.lowrank_transform import lowrank_transform, lowrank_transform_backward
+
+    def case(kind: torch.dtype, rows: torch.dtype, *, clamp_first: bool, modules: int, slow: bool) -> Case:
+        def launch() -> None:
+            n, d, rank = 640, 20480, 1920
+            std = meta(modules, d, dtype=kind)
+            V, U = [meta(rank, d, dtype=kind)] * 2, [meta(d, rank, dtype=kind)] * 2
+            table = [meta(modules, d, dtype=kind)] * 2
+            mode = meta(n, dtype=torch.int64)
+            net = (V, U, [meta(d, dtype=kind)] * 2, table, table, mode, 1e-7, clamp_first)
+            X, D = meta(n, 4096, dtype=rows), meta(n, 16384, dtype=rows)
+            z, Z, A, H = lowrank_transform(X, D, std, std, *net, True)
+            lowrank_transform_backward(z, Z, A, H, std, V, U, table, table, mode, 1e-7, clamp_first, True)
+
+        what = f"{_NAMES[kind]} net, {_NAMES[rows]} rows, {modules} modules, {'MALMEN' if clamp_first else 'MEND'}"
+        return Case("lowrank_transform", what, launch, slow=slow)
+
+    yield case(F32, BF16, clamp_first=False, modules=3, slow=False)
+    yield case(F32, F32, clamp_first=True, modules=1, slow=False)
+    yield case(F64, F64, clamp_first=False, modules=3, slow=True)
+    yield case(F64, F32, clamp_first=True, modules=3, slow=True)
+
+
 def _all() -> dict[str, Case]:
-    groups = (_second_moment,)
+    groups = (
+        _attribution_reduce,
+        _branch_attention,
+        _delta_step,
+        _kth_magnitude,
+        _lowrank_transform,
+        _nearest_key,
+        _rank_update,
+        _row_moments,
+        _second_moment,
+        _target_loss,
+    )
     return {f"{case.op}: {case.what}": case for group in groups for case in group()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import define_op
+from fastedit.ops._dispatch import Impl, define_op
 
 __all__ = ["delta_step_"]
 
@@ -175,11 +175,22 @@ def _bind(
     return (*state, lr, weight_decay, clamp, beta1, beta2, eps)
 
 
+def _refuse_triton(
+    delta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest: object
+) -> str | None:
+    matrices = {"delta": delta, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in matrices.items():
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            return f"{name} must have unit stride along its rows, got strides {list(tensor.stride())}"
+    return None
+
+
 _op = define_op(
     "delta_step_",
     "(Tensor(a!) delta, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor init_norm, "
     "Tensor active, float lr, float weight_decay, float clamp, float beta1, float beta2, float eps) -> ()",
     _fake,
     _eager,
+    [Impl("triton", "cuda", "fastedit.kernels.delta_step:delta_step_", _refuse_triton)],
     bind=_bind,
 )

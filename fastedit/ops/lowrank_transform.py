@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import _forced, backend, define_op
+from fastedit.ops._dispatch import Impl, _forced, backend, define_op
 
 __all__ = ["LowRankLayer", "LowRankNet", "lowrank_transform"]
 
@@ -339,6 +339,12 @@ def _backward(ctx: Any, grad: Tensor, *_states: Tensor) -> tuple[Any, ...]:
     return dX, dD, None, None, dV, dU, dbias, dscale, dshift, None, None, None, None
 
 
+def _refuse_triton(*arguments: Any) -> str | None:
+    """Any strides and dtypes: each pass replaces several of the eager default's."""
+    return None
+
+
+_KERNELS = "fastedit.kernels.lowrank_transform:lowrank_transform"
 _NET = "Tensor[] V, Tensor[] U"
 
 _backward_op = define_op(
@@ -347,6 +353,7 @@ _backward_op = define_op(
     "float eps, bool clamp_first, bool need_rows) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
     _fake_backward,
     _eager_backward,
+    [Impl("triton", "cuda", f"{_KERNELS}_backward", _refuse_triton)],
 )
 _op = define_op(
     "lowrank_transform",
@@ -354,6 +361,7 @@ _op = define_op(
     "Tensor? mode, float eps, bool clamp_first, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _eager,
+    [Impl("triton", "cuda", _KERNELS, _refuse_triton)],
     autograd=(_backward, _setup),
     bind=_arguments,
 )
