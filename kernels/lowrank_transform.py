@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["lowrank_transform", "lowrank_transform_backward"]
 
-_COLUMNS, _WARPS = 1024, 4
+_COLUMNS, _WARPS = 1024, 8
 _SUM_ROWS, _SUM_COLUMNS = 16, 128
 
 

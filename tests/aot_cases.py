@@ -212,7 +212,7 @@ def _row_moments() -> Iterator[Case]:
             X, D = meta(640, 4096, dtype=rows), meta(640, 16384, dtype=rows) if parts else None
             width = 20480 if parts else 4096
             mask = meta(640, dtype=torch.bool) if parts else None
-            tensors = (meta(dtype=torch.int64), meta(width, dtype=state), meta(width, dtype=state))
+            tensors = (torch.empty((), dtype=torch.int64, device="meta"), meta(width, dtype=state), meta(width, dtype=state))
             row_moments_(*tensors, X, D, mask, [100, 0, 540], parts)
 
         what = f"{_NAMES[state]} state, {_NAMES[rows]} rows" + ", two parts, mask, inflated" * parts
