@@ -15,6 +15,7 @@
 #include "cpu/nearest_key.h"
 #include "cpu/rank_update.h"
 #include "cpu/second_moment.h"
+#include "cpu/target_loss_amx.h"
 
 namespace py = pybind11;
 using fastedit::BranchType;
@@ -42,13 +43,18 @@ py::dict info() {
     return out;
 }
 
-void second_moment(std::uintptr_t keys, int key_type, std::int64_t key_stride, std::uintptr_t rows,
-                   std::int64_t tokens, std::int64_t d, std::uintptr_t master, int master_type,
-                   std::int64_t master_stride, int threads) {
+// Keys, their row stride, master, its row stride.
+using MomentLayer = std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>;
+
+void second_moment(const std::vector<MomentLayer>& layers, int key_type, int master_type, std::uintptr_t rows,
+                   std::int64_t tokens, std::int64_t d, bool exact, int threads) {
     py::gil_scoped_release release;
-    fastedit::second_moment({pointer<const void>(keys), static_cast<KeyType>(key_type), key_stride,
-                             pointer<const std::int64_t>(rows), tokens, d, pointer<void>(master),
-                             static_cast<MasterType>(master_type), master_stride, threads});
+    std::vector<fastedit::SecondMomentLayer> each;
+    for (const auto& [keys, key_stride, master, master_stride] : layers)
+        each.push_back({pointer<const void>(keys), key_stride, pointer<void>(master), master_stride});
+    fastedit::second_moment({each.data(), static_cast<std::int64_t>(each.size()),
+                             static_cast<KeyType>(key_type), static_cast<MasterType>(master_type),
+                             pointer<const std::int64_t>(rows), tokens, d, exact, threads});
 }
 
 void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_stride, std::uintptr_t left,
@@ -168,14 +174,44 @@ void topk_keys(const NearestKeys& in, std::int64_t k, bool cosine, std::uintptr_
                         pointer<std::int64_t>(index));
 }
 
+// Addresses, with a number for what else is known of each.
+using HeadWeight =
+    std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t>;  // vocabulary, d
+using HeadRows = std::tuple<std::uintptr_t, int, std::int64_t>;                 // rows
+using HeadDivergence = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;  // kl, stride
+// peak, total, picked, gap, pulls
+using HeadSums = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+void target_loss(const HeadWeight& weight, std::uintptr_t bias, const HeadRows& hidden,
+                 std::uintptr_t targets, const HeadDivergence& kl, double softcap, bool with_grad,
+                 const HeadSums& sums, int threads) {
+    py::gil_scoped_release release;
+    fastedit::TargetLossArgs args{};
+    args.weight = pointer<const void>(std::get<0>(weight));
+    args.weight_type = static_cast<fastedit::HeadType>(std::get<1>(weight));
+    args.weight_stride = std::get<2>(weight);
+    args.vocabulary = std::get<3>(weight), args.d = std::get<4>(weight);
+    args.bias = pointer<const float>(bias);
+    args.hidden = pointer<const float>(std::get<0>(hidden));
+    args.hidden_type = static_cast<fastedit::HeadType>(std::get<1>(hidden));
+    args.rows = std::get<2>(hidden);
+    args.targets = pointer<const std::int64_t>(targets);
+    args.kl_rows = pointer<const std::int64_t>(std::get<0>(kl));
+    args.kl_logp = pointer<const float>(std::get<1>(kl));
+    args.kl = std::get<2>(kl), args.kl_stride = std::get<3>(kl);
+    args.softcap = static_cast<float>(softcap), args.with_grad = with_grad, args.threads = threads;
+    const auto& [peak, total, picked, gap, pulls] = sums;
+    fastedit::target_loss(args, {pointer<float>(peak), pointer<float>(total), pointer<float>(picked),
+                                 pointer<float>(gap), pointer<float>(pulls)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of fastedit; called through fastedit.ops, which checks the arguments.";
     m.def("info", &info, "The instruction-set level in use, those this machine can run, the compiler.");
-    m.def("second_moment", &second_moment, py::arg("keys"), py::arg("key_type"), py::arg("key_stride"),
-          py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("master"), py::arg("master_type"),
-          py::arg("master_stride"), py::arg("threads"));
+    m.def("second_moment", &second_moment, py::arg("layers"), py::arg("key_type"), py::arg("master_type"),
+          py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("exact"), py::arg("threads"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),
@@ -195,4 +231,7 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("second"), py::arg("threads"));
     m.def("topk_keys", &topk_keys, py::arg("keys"), py::arg("k"), py::arg("cosine"), py::arg("scores"),
           py::arg("index"), py::arg("threads"));
+    m.def("target_loss", &target_loss, py::arg("weight"), py::arg("bias"), py::arg("hidden"),
+          py::arg("targets"), py::arg("kl"), py::arg("softcap"), py::arg("with_grad"), py::arg("sums"),
+          py::arg("threads"));
 }

@@ -6,8 +6,10 @@
 namespace fastedit {
 
 // Ordered: a later level is preferred. kAvx2x16 is the AVX-512 shape of the templates lowered to AVX2, so
-// that tests reach that code on machines without AVX-512; it is never chosen unless asked for.
-enum class Level { kScalar, kAvx2, kAvx2x16, kAvx512 };
+// that tests reach that code on machines without AVX-512; it is never chosen unless asked for. kAmx is
+// AVX-512 with tiles of bf16: ops that have a kernel for it ask for the level, the others run their AVX-512
+// one.
+enum class Level { kScalar, kAvx2, kAvx2x16, kAvx512, kAmx };
 
 const char* level_name(Level level);
 
@@ -24,7 +26,7 @@ Level current_level();
 // (cpu/levels.h).
 #ifdef FASTEDIT_X86
 #define FASTEDIT_PICK(kernel)                                                                   \
-    (::fastedit::current_level() == ::fastedit::Level::kAvx512    ? ::fastedit::avx512::kernel  \
+    (::fastedit::current_level() >= ::fastedit::Level::kAvx512    ? ::fastedit::avx512::kernel  \
      : ::fastedit::current_level() == ::fastedit::Level::kAvx2x16 ? ::fastedit::avx2x16::kernel \
      : ::fastedit::current_level() == ::fastedit::Level::kAvx2    ? ::fastedit::avx2::kernel    \
                                                                   : ::fastedit::scalar::kernel)

@@ -22,7 +22,7 @@ def attribution_reduce(
     starts: [G + 1] int64, not decreasing, within [0, n]; a group may be empty, and rows outside all groups are not
     read. A group is one (layer, question), and `steps` the m of its Riemann sum; a group whose steps come in several
     calls is the sum of their results. activation: [G, f], any float dtype; without it the bare sum / steps.
-    Summed in float32 in the order of the rows (float64 if gradient or activation is), the dtype of the result [G, f].
+    Summed in float32 (float64 if gradient or activation is), the dtype of the result [G, f].
     Not differentiable. Raises ValueError for wrong shapes, dtypes, devices or steps; for wrong values of `starts` on
     the CPU only, for elsewhere that would synchronise with the device: there they are clamped.
 
@@ -56,22 +56,25 @@ def _dtype(gradient: Tensor, activation: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def _check_starts(starts: Tensor, n: int) -> None:
-    """On a CPU, where looking costs nothing and a kernel would otherwise read beyond the rows."""
-    if starts.device.type != "cpu":
-        return
-    values = starts.tolist()
+def _bounds(starts: Tensor, n: int) -> list[int]:
+    """The values of `starts`, checked."""
+    values: list[int] = starts.tolist()
     if values[0] < 0 or values[-1] > n or any(b < a for a, b in pairwise(values)):
         raise ValueError(f"starts must not decrease and lie within [0, {n}], got {values[:8]}")
+    return values
 
 
 def _eager(gradient: Tensor, starts: Tensor, activation: Tensor | None, steps: int) -> Tensor:
     n, f = gradient.shape
-    _check_starts(starts, n)
     dtype, G = _dtype(gradient, activation), starts.shape[0] - 1
-    # Which group a row is in is found without telling the host: 0 before the first, G + 1 after the last.
-    place = torch.bucketize(torch.arange(n, device=starts.device), starts, right=True)
-    total = gradient.new_zeros(G + 2, f, dtype=dtype).index_add_(0, place, gradient.to(dtype))[1:-1]
+    if starts.device.type == "cpu":
+        total = gradient.new_empty(G, f, dtype=dtype)
+        for group, (first, last) in enumerate(pairwise(_bounds(starts, n))):
+            torch.sum(gradient[first:last], 0, dtype=dtype, out=total[group])
+    else:
+        # Which group a row is in is found without telling the host: 0 before the first, G + 1 after the last.
+        place = torch.bucketize(torch.arange(n, device=starts.device), starts, right=True)
+        total = gradient.new_zeros(G + 2, f, dtype=dtype).index_add_(0, place, gradient.to(dtype))[1:-1]
     total = total / steps
     return total if activation is None else total * activation.to(dtype)
 

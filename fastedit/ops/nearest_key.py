@@ -228,7 +228,7 @@ def _bind(q: Tensor, keys: Tensor, eps: Tensor | float) -> tuple[object, ...]:
     return q, keys, _radii(keys, eps)
 
 
-def _bind_topk(q: Tensor, keys: Tensor, k: int, *, cosine: bool = False) -> tuple[object, ...]:
+def _bind_topk(q: Tensor, keys: Tensor, k: int, cosine: bool = False) -> tuple[object, ...]:
     return q, keys, k, cosine
 
 
