@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import define_op
+from fastedit.ops._dispatch import Impl, define_op
 
 __all__ = ["attribution_reduce"]
 
@@ -89,10 +90,32 @@ def _bind(
     return gradient, starts, activation, steps
 
 
+def _check_on_cpu(
+    kernel: Callable[..., Tensor], gradient: Tensor, starts: Tensor, activation: Tensor | None, steps: int
+) -> Tensor:
+    """The interpreter's tensors are on the CPU; elsewhere this looks at nothing."""
+    _check_starts(starts, gradient.shape[0])
+    return kernel(gradient, starts, activation, steps)
+
+
+def _refuse_triton(gradient: Tensor, starts: Tensor, activation: Tensor | None, steps: int) -> str | None:
+    """Any strides and dtypes; one read of the gradient, where the eager default makes a widened copy."""
+    return None
+
+
 _op = define_op(
     "attribution_reduce",
     "(Tensor gradient, Tensor starts, Tensor? activation, int steps) -> Tensor",
     _fake,
     _eager,
+    [
+        Impl(
+            "triton",
+            "cuda",
+            "fastedit.kernels.attribution_reduce:attribution_reduce",
+            _refuse_triton,
+            _check_on_cpu,
+        )
+    ],
     bind=_bind,
 )

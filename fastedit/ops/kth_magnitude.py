@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops._dispatch import Impl, Slower, define_op
 
 __all__ = ["kth_magnitude", "magnitude_mask_"]
 
@@ -164,12 +164,29 @@ def _bind_mask(x: Tensor, k: int, *, score: Tensor | None = None, ties: str = "f
     return x, score, k, ties == "all"
 
 
+def _refuse_triton(x: Tensor, k: int) -> str | None:
+    if x.numel() < _FEW:
+        return Slower(
+            f"{x.numel()} entries are under {_FEW}: the launches of its passes cost more than one sort"
+        )
+    return None
+
+
+def _refuse_mask_triton(x: Tensor, score: Tensor | None, k: int, all_ties: bool) -> str | None:
+    return _refuse_triton(x, k)
+
+
+_FEW = 1 << 14  # entries that one block of torch's selection reads in about the time of the passes' launches
+
 _op = define_op(
     "kth_magnitude",
     "(Tensor x, int k) -> Tensor",
     _fake,
     _eager,
-    [Impl("cpu", "cpu", "fastedit._cpu:kth_magnitude", _refuse_cpu, _run_cpu)],
+    [
+        Impl("triton", "cuda", "fastedit.kernels.kth_magnitude:kth_magnitude", _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:kth_magnitude", _refuse_cpu, _run_cpu),
+    ],
     bind=_bind,
 )
 _op_mask = define_op(
@@ -177,6 +194,9 @@ _op_mask = define_op(
     "(Tensor(a!) x, Tensor? score, int k, bool all_ties) -> ()",
     _fake_mask,
     _eager_mask,
-    [Impl("cpu", "cpu", "fastedit._cpu:magnitude_mask", _refuse_mask_cpu, _run_mask_cpu)],
+    [
+        Impl("triton", "cuda", "fastedit.kernels.kth_magnitude:magnitude_mask_", _refuse_mask_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:magnitude_mask", _refuse_mask_cpu, _run_mask_cpu),
+    ],
     bind=_bind_mask,
 )

@@ -297,13 +297,22 @@ def _bind(
     return H, weight, bias, targets, kl_rows, kl_logp, softcap or 0.0, H.requires_grad
 
 
+def _refuse_triton(H: Tensor, weight: Tensor, *rest: object) -> str | None:
+    if torch.float64 in (H.dtype, weight.dtype):
+        return "H or weight is float64, the kernels compute in float32"
+    return None
+
+
 _op = define_op(
     "target_loss",
     "(Tensor H, Tensor weight, Tensor? bias, Tensor targets, Tensor? kl_rows, Tensor? kl_logp, float softcap, "
     "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _eager,
-    [Impl("cpu", "cpu", "fastedit._cpu:target_loss", _refuse_cpu, _run_cpu)],
+    [
+        Impl("triton", "cuda", "fastedit.kernels.target_loss:target_loss", _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:target_loss", _refuse_cpu, _run_cpu),
+    ],
     autograd=(_backward, _setup),
     bind=_bind,
 )

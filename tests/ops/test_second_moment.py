@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -406,94 +402,6 @@ def test_small_sizes_go_to_eager(native_cpu: None) -> None:
     assert [row.name for row in small if row.chosen] == ["eager"]
     assert [row.name for row in large if row.chosen] == ["cpu"]
     assert "under 32" in next(row.reason for row in small if row.name == "cpu")
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-
-@needs_triton
-@pytest.mark.interp
-def test_triton_in_the_interpreter() -> None:
-    # In a process of its own: whether Triton interprets is fixed when the kernel is decorated.
-    code = """
-        import torch, fastedit
-        from fastedit.ops import second_moment_
-        cases = [
-            (63, 200, torch.bfloat16, torch.float64), (1, 8, torch.float16, torch.float32),
-            (1030, 63, torch.float32, torch.float64), (0, 63, torch.bfloat16, torch.float32),
-        ]
-        for T, d, dtype, master in cases:
-            for masked in (False, True):
-                torch.manual_seed(T)
-                K, mask = torch.randn(2, T, d).to(dtype), torch.rand(T) > 0.4
-                if masked:
-                    K[:, ~mask] = float("nan")
-                C = torch.ones(2, d, d, dtype=master)
-                C[torch.ones(2, d, d, dtype=torch.bool).triu(1)] = 7
-                with fastedit.backend("triton"):
-                    second_moment_(C, K, mask if masked else None)
-                kept = (K[:, mask] if masked else K).double()
-                expected = torch.ones(2, d, d, dtype=torch.float64) + kept.mT @ kept
-                error = (C.double() - expected).tril().norm() / expected.tril().norm()
-                assert error < 1e-6, (T, d, dtype, masked, error)
-                assert C[torch.ones(2, d, d, dtype=torch.bool).triu(1)].eq(7).all()
-        print("ok")
-    """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "ok"
-
-
-def _aot_cases() -> list[object]:
-    cases = [(arch, key, master) for arch in (80, 90) for key in (2, 4) for master in (4, 8)]
-    # The kernel with a list of rows uses what the one without does and more; both are compiled with the slow tests.
-    return [pytest.param(*case, True) for case in cases] + [
-        pytest.param(*case, False, marks=pytest.mark.slow) for case in cases
-    ]
-
-
-@needs_triton
-@pytest.mark.aot
-@pytest.mark.parametrize(("arch", "key", "master", "rows"), _aot_cases())
-def test_triton_compiles_without_spills(
-    arch: int, key: int, master: int, rows: bool, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    from aot import SHARED_LIMIT, compile_kernel
-
-    from fastedit.kernels.second_moment import CONFIGS, _second_moment_kernel
-
-    config = CONFIGS[arch, key, master]
-    strides = ("d", "key_layer_stride", "key_stride", "out_layer_stride", "out_stride")
-    found = compile_kernel(
-        _second_moment_kernel,
-        {
-            "keys": {2: "*bf16", 4: "*fp32"}[key],
-            "rows": "*i32",
-            "count": "*i32",
-            "out": {4: "*fp32", 8: "*fp64"}[master],
-            "tokens": "i32",
-            **dict.fromkeys(strides, "i32"),
-        },
-        config.constexprs(rows, False),
-        arch=arch,
-        warps=config.warps,
-        stages=config.stages,
-        aligned=("keys", "rows", "count", "out", *strides),
-        directory=tmp_path,
-    )
-    assert (found.stack, found.spills) == (0, 0), found
-    assert found.shared <= SHARED_LIMIT[arch], found
-    assert found.tensor_core > 0, found
 
 
 @pytest.mark.gpu
