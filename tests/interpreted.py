@@ -252,7 +252,9 @@ def rank_update() -> None:
         t.measured("triton", weight, torch.float32)
 
 
-def _target_loss(R: int, d: int, V: int, Q: int, dtype: torch.dtype, weight: torch.dtype, **options: object) -> None:
+def _target_loss(
+    R: int, d: int, V: int, Q: int, dtype: torch.dtype, weight: torch.dtype, **options: object
+) -> None:
     t = test_target_loss
     H, w, bias, *rest = t.problem(R, d, V, Q, dtype, seed=R + V)
     with fastedit.backend("triton"):

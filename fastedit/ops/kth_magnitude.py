@@ -166,7 +166,9 @@ def _bind_mask(x: Tensor, k: int, *, score: Tensor | None = None, ties: str = "f
 
 def _refuse_triton(x: Tensor, k: int) -> str | None:
     if x.numel() < _FEW:
-        return Slower(f"{x.numel()} entries are under {_FEW}: the launches of its passes cost more than one sort")
+        return Slower(
+            f"{x.numel()} entries are under {_FEW}: the launches of its passes cost more than one sort"
+        )
     return None
 
 
