@@ -16,7 +16,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard setup.py CMakeLists.tx
                 $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CXX_SOURCES  := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test test-slow test-gpu bench build lint format typecheck venv clean
+.PHONY: help demo test test-slow test-gpu triton36 aot aot36 bench build lint format typecheck venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test       every test that needs no GPU and is not marked slow"
 	@echo "make test-slow  the slow tests            make test-gpu  the tests that need a CUDA device"
 	@echo "make lint       ruff and clang-format     make typecheck mypy     make format  fix the style"
+	@echo "make aot        compile every Triton kernel for sm_80 and sm_90, no GPU needed     make aot36  with Triton 3.6"
 	@echo "make bench      the benchmarks            make build     compile the extension modules in place"
 	@echo "make clean      remove .venv and everything built"
 	@echo "PYTHON=/path/to/python3 chooses the interpreter (3.10 to 3.14); VENV=dir the environment."
@@ -40,6 +41,20 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -m gpu
+
+# The Triton of the GPUs that torch 2.11 serves, beside the environment's own and never in it: the same gate again.
+TRITON36 := build/triton36
+
+$(TRITON36)/triton: | $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(TRITON36) "triton==3.6.0" "numpy<2.4"
+
+triton36: $(TRITON36)/triton
+
+aot: $(STAMP)
+	$(BIN)/python tests/aot_cases.py --slow
+
+aot36: $(TRITON36)/triton
+	PYTHONPATH=$(TRITON36):$(PYTHONPATH) $(BIN)/python tests/aot_cases.py --slow
 
 bench: $(STAMP)
 	$(BIN)/pytest bench --benchmark-enable --benchmark-only $(if $(FILTER),-k "$(FILTER)")

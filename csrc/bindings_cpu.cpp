@@ -12,15 +12,19 @@
 #include "cpu/branch_attention.h"
 #include "cpu/delta_step.h"
 #include "cpu/isa.h"
+#include "cpu/kth_magnitude.h"
 #include "cpu/lowrank_transform.h"
+#include "cpu/nearest_key.h"
 #include "cpu/rank_update.h"
 #include "cpu/row_moments.h"
 #include "cpu/second_moment.h"
+#include "cpu/target_loss_amx.h"
 
 namespace py = pybind11;
 using fastedit::BranchType;
 using fastedit::FactorType;
 using fastedit::KeyType;
+using fastedit::MagnitudeType;
 using fastedit::MasterType;
 using fastedit::RowType;
 using fastedit::WeightType;
@@ -43,13 +47,18 @@ py::dict info() {
     return out;
 }
 
-void second_moment(std::uintptr_t keys, int key_type, std::int64_t key_stride, std::uintptr_t rows,
-                   std::int64_t tokens, std::int64_t d, std::uintptr_t master, int master_type,
-                   std::int64_t master_stride, int threads) {
+// Keys, their row stride, master, its row stride.
+using MomentLayer = std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>;
+
+void second_moment(const std::vector<MomentLayer>& layers, int key_type, int master_type, std::uintptr_t rows,
+                   std::int64_t tokens, std::int64_t d, bool exact, int threads) {
     py::gil_scoped_release release;
-    fastedit::second_moment({pointer<const void>(keys), static_cast<KeyType>(key_type), key_stride,
-                             pointer<const std::int64_t>(rows), tokens, d, pointer<void>(master),
-                             static_cast<MasterType>(master_type), master_stride, threads});
+    std::vector<fastedit::SecondMomentLayer> each;
+    for (const auto& [keys, key_stride, master, master_stride] : layers)
+        each.push_back({pointer<const void>(keys), key_stride, pointer<void>(master), master_stride});
+    fastedit::second_moment({each.data(), static_cast<std::int64_t>(each.size()),
+                             static_cast<KeyType>(key_type), static_cast<MasterType>(master_type),
+                             pointer<const std::int64_t>(rows), tokens, d, exact, threads});
 }
 
 void rank_update(std::uintptr_t weight, int weight_type, std::int64_t weight_stride, std::uintptr_t left,
@@ -212,14 +221,88 @@ void delta_step(const Rows32& delta, const Matrix& grad, const Rows32& exp_avg, 
                           rates.at(3), rates.at(4), rates.at(5), threads});
 }
 
+void kth_magnitude(std::uintptr_t x, int type, std::int64_t n, std::int64_t k, std::uintptr_t out,
+                   int threads) {
+    py::gil_scoped_release release;
+    fastedit::kth_magnitude(pointer<const void>(x), static_cast<MagnitudeType>(type), n, k,
+                            pointer<void>(out), threads);
+}
+
+void magnitude_mask(std::uintptr_t x, int type, std::uintptr_t score, int score_type, std::int64_t n,
+                    std::int64_t k, bool all_ties, int threads) {
+    py::gil_scoped_release release;
+    fastedit::magnitude_mask(pointer<void>(x), static_cast<MagnitudeType>(type), pointer<const void>(score),
+                             static_cast<MagnitudeType>(score_type), n, k, all_ties, threads);
+}
+
+// q, queries, d, keys, key_type, key_stride, count
+using NearestKeys =
+    std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t, int, std::int64_t, std::int64_t>;
+
+fastedit::NearestKeyArgs nearest_key_args(const NearestKeys& in, int threads) {
+    const auto& [q, queries, d, keys, type, stride, count] = in;
+    return {pointer<const float>(q),
+            queries,
+            d,
+            pointer<const void>(keys),
+            static_cast<fastedit::KeyRowType>(type),
+            stride,
+            count,
+            threads};
+}
+
+void nearest_key(const NearestKeys& in, std::uintptr_t index, std::uintptr_t distance, std::uintptr_t second,
+                 int threads) {
+    py::gil_scoped_release release;
+    fastedit::nearest_key(nearest_key_args(in, threads), pointer<std::int64_t>(index),
+                          pointer<float>(distance), pointer<float>(second));
+}
+
+void topk_keys(const NearestKeys& in, std::int64_t k, bool cosine, std::uintptr_t scores,
+               std::uintptr_t index, int threads) {
+    py::gil_scoped_release release;
+    fastedit::topk_keys(nearest_key_args(in, threads), k, cosine, pointer<float>(scores),
+                        pointer<std::int64_t>(index));
+}
+
+// Addresses, with a number for what else is known of each.
+using HeadWeight =
+    std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t>;  // vocabulary, d
+using HeadRows = std::tuple<std::uintptr_t, int, std::int64_t>;                 // rows
+using HeadDivergence = std::tuple<std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;  // kl, stride
+// peak, total, picked, gap, pulls
+using HeadSums = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+void target_loss(const HeadWeight& weight, std::uintptr_t bias, const HeadRows& hidden,
+                 std::uintptr_t targets, const HeadDivergence& kl, double softcap, bool with_grad,
+                 const HeadSums& sums, int threads) {
+    py::gil_scoped_release release;
+    fastedit::TargetLossArgs args{};
+    args.weight = pointer<const void>(std::get<0>(weight));
+    args.weight_type = static_cast<fastedit::HeadType>(std::get<1>(weight));
+    args.weight_stride = std::get<2>(weight);
+    args.vocabulary = std::get<3>(weight), args.d = std::get<4>(weight);
+    args.bias = pointer<const float>(bias);
+    args.hidden = pointer<const float>(std::get<0>(hidden));
+    args.hidden_type = static_cast<fastedit::HeadType>(std::get<1>(hidden));
+    args.rows = std::get<2>(hidden);
+    args.targets = pointer<const std::int64_t>(targets);
+    args.kl_rows = pointer<const std::int64_t>(std::get<0>(kl));
+    args.kl_logp = pointer<const float>(std::get<1>(kl));
+    args.kl = std::get<2>(kl), args.kl_stride = std::get<3>(kl);
+    args.softcap = static_cast<float>(softcap), args.with_grad = with_grad, args.threads = threads;
+    const auto& [peak, total, picked, gap, pulls] = sums;
+    fastedit::target_loss(args, {pointer<float>(peak), pointer<float>(total), pointer<float>(picked),
+                                 pointer<float>(gap), pointer<float>(pulls)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of fastedit; called through fastedit.ops, which checks the arguments.";
     m.def("info", &info, "The instruction-set level in use, those this machine can run, the compiler.");
-    m.def("second_moment", &second_moment, py::arg("keys"), py::arg("key_type"), py::arg("key_stride"),
-          py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("master"), py::arg("master_type"),
-          py::arg("master_stride"), py::arg("threads"));
+    m.def("second_moment", &second_moment, py::arg("layers"), py::arg("key_type"), py::arg("master_type"),
+          py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("exact"), py::arg("threads"));
     m.def("delta_step", &delta_step, py::arg("delta"), py::arg("grad"), py::arg("exp_avg"),
           py::arg("exp_avg_sq"), py::arg("step"), py::arg("init_norm"), py::arg("active"), py::arg("rows"),
           py::arg("rates"), py::arg("threads"));
@@ -243,4 +326,15 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("branch_attention_backward", &branch_attention_backward, py::arg("inputs"), py::arg("index"),
           py::arg("sizes"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("lse"),
           py::arg("grad"), py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("threads"));
+    m.def("kth_magnitude", &kth_magnitude, py::arg("x"), py::arg("type"), py::arg("n"), py::arg("k"),
+          py::arg("out"), py::arg("threads"));
+    m.def("magnitude_mask", &magnitude_mask, py::arg("x"), py::arg("type"), py::arg("score"),
+          py::arg("score_type"), py::arg("n"), py::arg("k"), py::arg("all_ties"), py::arg("threads"));
+    m.def("nearest_key", &nearest_key, py::arg("keys"), py::arg("index"), py::arg("distance"),
+          py::arg("second"), py::arg("threads"));
+    m.def("topk_keys", &topk_keys, py::arg("keys"), py::arg("k"), py::arg("cosine"), py::arg("scores"),
+          py::arg("index"), py::arg("threads"));
+    m.def("target_loss", &target_loss, py::arg("weight"), py::arg("bias"), py::arg("hidden"),
+          py::arg("targets"), py::arg("kl"), py::arg("softcap"), py::arg("with_grad"), py::arg("sums"),
+          py::arg("threads"));
 }

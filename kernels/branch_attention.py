@@ -343,7 +343,7 @@ CONFIGS = {
     (64, False): Config(tile_n=16, warps=4, stages=2, exact=_FLOAT),
     (128, False): Config(tile_n=16, warps=8, stages=1, exact=_FLOAT),
     (16, True): Config(tile_n=32, warps=4, stages=2, exact=_HALF),
-    (32, True): Config(tile_n=32, warps=4, stages=2, exact=_HALF),
+    (32, True): Config(tile_n=16, warps=4, stages=2, exact=_HALF),
     (64, True): Config(tile_n=16, warps=4, stages=2, exact=_HALF),
     (128, True): Config(tile_n=32, warps=8, stages=2, exact=_HALF),
     (256, True): Config(tile_n=16, warps=8, stages=1, exact=_HALF),

@@ -17,6 +17,7 @@ def _rank_update_kernel(
     weight,  # [rows, columns], unit column stride
     left,  # [rows, rank], contiguous
     right,  # [rank, columns], contiguous
+    norms,  # [programs, 2] fp64; with MEASURE
     rows,
     columns,
     rank,
@@ -27,8 +28,12 @@ def _rank_update_kernel(
     DEPTH: tl.constexpr,  # ranks of one dot; 0: no dot, one outer product per rank
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,  # sum in fp64
+    MEASURE: tl.constexpr,
 ):
-    """weight[i, j] = round(weight[i, j] + alpha * sum_k left[i, k] right[k, j])"""
+    """weight[i, j] = round(weight[i, j] + alpha * sum_k left[i, k] right[k, j])
+
+    With MEASURE, norms = the squares of what the tile changed by and of what its rounding kept from it, summed.
+    """
     across = tl.cdiv(columns, TILE_N)
     i = (tl.program_id(0) // across) * TILE_M + tl.arange(0, TILE_M)
     j = (tl.program_id(0) % across) * TILE_N + tl.arange(0, TILE_N)
@@ -60,7 +65,15 @@ def _rank_update_kernel(
             )
             sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=sums.dtype)
     before = tl.load(at, mask=inside, other=0.0).to(sums.dtype)
-    tl.store(at, (before + alpha * sums).to(weight.dtype.element_ty), mask=inside)
+    update = alpha * sums
+    after = (before + update).to(weight.dtype.element_ty)
+    tl.store(at, after, mask=inside)
+    if MEASURE:
+        change = after.to(tl.float64) - before.to(tl.float64)
+        lost = update.to(tl.float64) - change
+        to = norms + 2 * tl.program_id(0)
+        tl.store(to, tl.sum(change * change))
+        tl.store(to + 1, tl.sum(lost * lost))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +86,7 @@ class Config:
     warps: int
     stages: int
 
-    def constexprs(self, wide: bool) -> dict[str, int | bool | str]:
+    def constexprs(self, wide: bool, measure: bool) -> dict[str, int | bool | str]:
         return {
             "TILE_M": self.tile_m,
             "TILE_N": self.tile_n,
@@ -81,6 +94,7 @@ class Config:
             # Three TF32 products drop terms of 2^-22; fp64 goes to the fp64 tensor cores.
             "PRECISION": "ieee" if wide else "tf32x3",
             "WIDE": wide,
+            "MEASURE": measure,
         }
 
 
@@ -98,31 +112,39 @@ def config_for(rank: int, wide: bool) -> Config:
     return CONFIGS[rank <= FEW, wide]
 
 
-def rank_update_(W: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+def rank_update_(W: Tensor, left: Tensor, right: Tensor, alpha: float, norms: Tensor | None = None) -> None:
     """W [rows, columns] of unit column stride += alpha left [rows, rank] right [rank, columns].
 
-    Both factors fp32, or both fp64, which is then the dtype of the sum.
+    Both factors fp32, or both fp64, which is then the dtype of the sum. norms [2] fp64, if given: the squared norms of
+    what W changed by and of what its rounding lost.
     """
     rows, columns = W.shape
     rank = left.shape[1]
     if W.numel() == 0 or rank == 0:
+        if norms is not None:
+            norms.zero_()
         return
     wide = left.dtype == torch.float64
     if wide:
         left, alpha = alpha * left, 1.0
     config = config_for(rank, wide)
     grid = (triton.cdiv(rows, config.tile_m) * triton.cdiv(columns, config.tile_n),)
+    # One pair a program and one sum of them afterwards: the same in every run.
+    parts = W if norms is None else torch.empty(grid[0], 2, dtype=torch.float64, device=W.device)
     with torch.cuda.device_of(W):
         _rank_update_kernel[grid](
             W,
             left.contiguous(),
             right.contiguous(),
+            parts,
             rows,
             columns,
             rank,
             alpha,
             W.stride(0),
-            **config.constexprs(wide),
+            **config.constexprs(wide, norms is not None),
             num_warps=config.warps,
             num_stages=config.stages,
         )
+    if norms is not None:
+        torch.sum(parts, 0, out=norms)

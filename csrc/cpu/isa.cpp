@@ -16,8 +16,8 @@ namespace {
 constexpr Level kAll[] = {Level::kScalar, Level::kAvx2, Level::kAvx2x16, Level::kAvx512, Level::kAmx};
 
 #ifdef FASTEDIT_AMX
-// AMX has three conditions: the processor (leaf 7: tiles, bf16 on them, bf16 conversion), the operating system
-// (XCR0), and a permission that Linux gives a process, its threads and its children when they ask.
+// AMX has three conditions: the processor (leaf 7: tiles, bf16 on them, bf16 conversion), the operating
+// system (XCR0), and a permission that Linux gives a process, its threads and its children when they ask.
 bool amx_permitted() {
     constexpr unsigned kBf16Tiles = 1u << 22, kTiles = 1u << 24, kBf16 = 1u << 5, kTileState = 3u << 17;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;

@@ -6,8 +6,9 @@
 namespace fastedit {
 
 // Ordered: a later level is preferred. kAvx2x16 is the AVX-512 shape of the templates lowered to AVX2, so
-// that tests reach that code on machines without AVX-512; it is never chosen unless asked for. kAmx is AVX-512
-// with tiles of bf16: ops that have a kernel for it ask for the level, the others run their AVX-512 one.
+// that tests reach that code on machines without AVX-512; it is never chosen unless asked for. kAmx is
+// AVX-512 with tiles of bf16: ops that have a kernel for it ask for the level, the others run their AVX-512
+// one.
 enum class Level { kScalar, kAvx2, kAvx2x16, kAvx512, kAmx };
 
 const char* level_name(Level level);

@@ -70,16 +70,16 @@ inline void widen_row(const Float16* from, float* to, std::int64_t n) {
 #endif
 
 template <typename Key>
-void pack(const SecondMomentArgs& args, std::int64_t first, std::int64_t from, std::int64_t to,
-          const SecondMomentPanels& panels) {
-    const Key* keys = static_cast<const Key*>(args.keys);
+void pack(const SecondMomentArgs& args, const SecondMomentLayer& layer, std::int64_t first, std::int64_t from,
+          std::int64_t to, const SecondMomentPanels& panels) {
+    const Key* keys = static_cast<const Key*>(layer.keys);
     for (std::int64_t p = 0; p < panels.count; ++p) {
         const std::int64_t column = p * kWidth;
         const std::int64_t columns = args.d - column < kWidth ? args.d - column : kWidth;
         float* out = panels.panel(p) + from * kWidth;
         for (std::int64_t t = from; t < to; ++t, out += kWidth) {
             const std::int64_t row = args.rows ? args.rows[first + t] : first + t;
-            const Key* key = keys + row * args.key_stride + column;
+            const Key* key = keys + row * layer.key_stride + column;
             if (columns == kWidth) {  // a constant count lets the compiler unroll
                 widen_row(key, out, kWidth);
             } else {
@@ -92,11 +92,12 @@ void pack(const SecondMomentArgs& args, std::int64_t first, std::int64_t from, s
 
 // Adds the block to the master, at and below the diagonal only.
 template <typename Master>
-void flush(const SecondMomentArgs& args, std::int64_t row, std::int64_t column, const float* scratch) {
+void flush(const SecondMomentArgs& args, const SecondMomentLayer& layer, std::int64_t row,
+           std::int64_t column, const float* scratch) {
     const std::int64_t rows = args.d - row < kBlock ? args.d - row : kBlock;
     const std::int64_t columns = args.d - column < kBlock ? args.d - column : kBlock;
     for (std::int64_t i = 0; i < rows; ++i) {
-        Master* out = static_cast<Master*>(args.master) + (row + i) * args.master_stride + column;
+        Master* out = static_cast<Master*>(layer.master) + (row + i) * layer.master_stride + column;
         const float* sums = scratch + i * kBlock;
         const std::int64_t below = row + i - column + 1;
         const std::int64_t n = below < columns ? below : columns;
@@ -113,20 +114,21 @@ int second_moment_block_width() {
     return kBlock;
 }
 
-void second_moment_pack(const SecondMomentArgs& args, std::int64_t first, std::int64_t from, std::int64_t to,
-                        const SecondMomentPanels& panels) {
+void second_moment_pack(const SecondMomentArgs& args, const SecondMomentLayer& layer, std::int64_t first,
+                        std::int64_t from, std::int64_t to, const SecondMomentPanels& panels) {
     switch (args.key_type) {
         case KeyType::kFloat32:
-            return pack<float>(args, first, from, to, panels);
+            return pack<float>(args, layer, first, from, to, panels);
         case KeyType::kBFloat16:
-            return pack<BFloat16>(args, first, from, to, panels);
+            return pack<BFloat16>(args, layer, first, from, to, panels);
         case KeyType::kFloat16:
-            return pack<Float16>(args, first, from, to, panels);
+            return pack<Float16>(args, layer, first, from, to, panels);
     }
 }
 
-void second_moment_block(const SecondMomentArgs& args, const SecondMomentPanels& panels, std::int64_t row,
-                         std::int64_t column, float* scratch) {
+void second_moment_block(const SecondMomentArgs& args, const SecondMomentLayer& layer,
+                         const SecondMomentPanels& panels, std::int64_t row, std::int64_t column,
+                         float* scratch) {
     constexpr std::int64_t kPanels = kBlock / kWidth;
     const std::int64_t left_end = (row + 1) * kPanels < panels.count ? (row + 1) * kPanels : panels.count;
     const std::int64_t right_end =
@@ -146,8 +148,8 @@ void second_moment_block(const SecondMomentArgs& args, const SecondMomentPanels&
         }
     }
     if (args.master_type == MasterType::kFloat64)
-        return flush<double>(args, row * kBlock, column * kBlock, scratch);
-    flush<float>(args, row * kBlock, column * kBlock, scratch);
+        return flush<double>(args, layer, row * kBlock, column * kBlock, scratch);
+    flush<float>(args, layer, row * kBlock, column * kBlock, scratch);
 }
 
 }  // namespace FASTEDIT_LEVEL

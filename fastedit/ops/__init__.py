@@ -18,10 +18,12 @@ _LAZY = {
     "RowMoments": "row_moments",
     "cholesky_factor": "edit_solve",
     "delta_step_": "delta_step",
+    "magnitude_mask_": "kth_magnitude",
     "mirror_": "second_moment",
     "rank_update_": "rank_update",
     "row_moments_": "row_moments",
     "second_moment_": "second_moment",
+    "topk_keys": "nearest_key",
 }
 
 __all__ = [
@@ -33,10 +35,12 @@ __all__ = [
     "RowMoments",
     "cholesky_factor",
     "delta_step_",
+    "magnitude_mask_",
     "mirror_",
     "rank_update_",
     "row_moments_",
     "second_moment_",
+    "topk_keys",
 ]
 
 

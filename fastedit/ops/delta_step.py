@@ -226,12 +226,25 @@ def _bind(
     return (*state, lr, weight_decay, clamp, beta1, beta2, eps)
 
 
+def _refuse_triton(
+    delta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *rest: object
+) -> str | None:
+    matrices = {"delta": delta, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in matrices.items():
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            return f"{name} must have unit stride along its rows, got strides {list(tensor.stride())}"
+    return None
+
+
 _op = define_op(
     "delta_step_",
     "(Tensor(a!) delta, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) step, Tensor init_norm, "
     "Tensor active, float lr, float weight_decay, float clamp, float beta1, float beta2, float eps) -> ()",
     _fake,
     _eager,
-    [Impl("cpu", "cpu", "fastedit._cpu:delta_step", _refuse_cpu, _run_cpu)],
+    [
+        Impl("triton", "cuda", "fastedit.kernels.delta_step:delta_step_", _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:delta_step", _refuse_cpu, _run_cpu),
+    ],
     bind=_bind,
 )

@@ -490,6 +490,12 @@ def _backward(ctx: Any, grad: Tensor, *_states: Tensor) -> tuple[Any, ...]:
     return dX, dD, None, None, dV, dU, dbias, dscale, dshift, None, None, None, None
 
 
+def _refuse_triton(*arguments: Any) -> str | None:
+    """Any strides and dtypes: each pass replaces several of the eager default's."""
+    return None
+
+
+_KERNELS = "fastedit.kernels.lowrank_transform:lowrank_transform"
 _NET = "Tensor[] V, Tensor[] U"
 
 _backward_op = define_op(
@@ -498,7 +504,12 @@ _backward_op = define_op(
     "float eps, bool clamp_first, bool need_rows) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
     _fake_backward,
     _eager_backward,
-    [Impl("cpu", "cpu", "fastedit._cpu:lowrank_residual_backward", _refuse_cpu_backward, _run_cpu_backward)],
+    [
+        Impl("triton", "cuda", f"{_KERNELS}_backward", _refuse_triton),
+        Impl(
+            "cpu", "cpu", "fastedit._cpu:lowrank_residual_backward", _refuse_cpu_backward, _run_cpu_backward
+        ),
+    ],
 )
 _op = define_op(
     "lowrank_transform",
@@ -506,7 +517,10 @@ _op = define_op(
     "Tensor? mode, float eps, bool clamp_first, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _eager,
-    [Impl("cpu", "cpu", "fastedit._cpu:lowrank_transform", _refuse_cpu, _run_cpu)],
+    [
+        Impl("triton", "cuda", _KERNELS, _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:lowrank_transform", _refuse_cpu, _run_cpu),
+    ],
     autograd=(_backward, _setup),
     bind=_arguments,
 )

@@ -246,10 +246,11 @@ def _run_triton(
     transposed: bool,
     measure: bool,
 ) -> Tensor:
+    norms = _fake(W, left, right, alpha, transposed, measure)
     for index in range(len(W)):
         weight, columns, rows, _ = _row_major(W[index], left[index], right[index], transposed)
-        kernel(weight, columns, rows, alpha[index])
-    return _fake(W, left, right, alpha, transposed, measure)
+        kernel(weight, columns, rows, alpha[index], norms[index] if measure else None)
+    return norms
 
 
 def _refuse(
@@ -273,21 +274,15 @@ def _refuse_cpu(
     return _refuse(W, left, right, alpha, transposed, measure)
 
 
-def _refuse_triton(
-    W: _Lists, left: _Lists, right: _Lists, alpha: Sequence[float], transposed: bool, measure: bool
-) -> str | None:
-    if measure:
-        return "the kernel does not measure what rounding loses"
-    return _refuse(W, left, right, alpha, transposed, measure)
-
-
 def _refuse_cuda(
     W: _Lists, left: _Lists, right: _Lists, alpha: Sequence[float], transposed: bool, measure: bool
 ) -> str | None:
     most = max(part.shape[1] for part in left)
     if most > _CUDA_RANKS:
         return f"the kernel keeps the right factor in registers, up to rank {_CUDA_RANKS}, got {most}"
-    return _refuse_triton(W, left, right, alpha, transposed, measure)
+    if measure:
+        return "the kernel does not measure what rounding loses"
+    return _refuse(W, left, right, alpha, transposed, measure)
 
 
 _CUDA_RANKS = 8  # csrc/cuda/rank_update.h: kRankUpdateMost
@@ -299,7 +294,7 @@ _op = define_op(
     _eager,
     [
         Impl("cuda", "cuda", "fastedit._cuda:rank_update", _refuse_cuda, _run_cuda),
-        Impl("triton", "cuda", "fastedit.kernels.rank_update:rank_update_", _refuse_triton, _run_triton),
+        Impl("triton", "cuda", "fastedit.kernels.rank_update:rank_update_", _refuse, _run_triton),
         Impl("cpu", "cpu", "fastedit._cpu:rank_update", _refuse_cpu, _run_cpu),
     ],
     bind=_bind,

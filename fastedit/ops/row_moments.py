@@ -266,12 +266,30 @@ def _bind(
     return state.count, state.mean, state.m2, X, D, mask, sizes, inflated
 
 
+def _refuse_triton(
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    X: Tensor,
+    D: Tensor | None,
+    mask: Tensor | None,
+    batches: Sequence[int],
+    inflated: bool,
+) -> str | None:
+    if X.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "the stream is being captured, and where batches begin is copied from the host"
+    return None
+
+
 _op = define_op(
     "row_moments_",
     "(Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor X, Tensor? D, Tensor? mask, int[] batches, "
     "bool inflated) -> (Tensor, Tensor, Tensor)",
     _fake,
     _eager,
-    [Impl("cpu", "cpu", "fastedit._cpu:row_moments", _refuse_cpu, _run_cpu)],
+    [
+        Impl("triton", "cuda", "fastedit.kernels.row_moments:row_moments_", _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:row_moments", _refuse_cpu, _run_cpu),
+    ],
     bind=_bind,
 )

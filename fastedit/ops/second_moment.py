@@ -6,8 +6,8 @@ symmetric, so only the lower triangle is computed; `mirror_` fills the upper one
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,28 +19,55 @@ __all__ = ["mirror_", "second_moment_"]
 KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASTER_DTYPES = (torch.float32, torch.float64)
 
+Precision = Literal["default", "exact"]
+
 # Tokens summed in fp32 before the sum goes to C: longer chains lose digits on the diagonal, a sum of positive terms.
 FLUSH_TOKENS = 1024
 _PANEL = 512
 
 
-def second_moment_(C: Tensor, K: Tensor, mask: Tensor | None = None) -> None:
+def second_moment_(
+    C: Tensor | Sequence[Tensor],
+    K: Tensor | Sequence[Tensor],
+    mask: Tensor | None = None,
+    *,
+    precision: Precision = "default",
+) -> None:
     """C += K^T diag(mask) K on and below the diagonal of C; what lies above it is left as it was.
 
-    C: [d, d] or [L, d, d], fp64 (the default choice) or fp32, changed in place.
-    K: [T, d] or [B, S, d] for one matrix, [L, T, d] for L of them; fp32, bf16, fp16 or fp64; keys are rows.
+    C: [d, d], [L, d, d] or a sequence of L matrices [d, d]; fp64 (the default choice) or fp32, changed in place.
+    K: [T, d] or [B, S, d] for one matrix, [L, T, d] or a sequence of L of either for L of them; fp32, bf16, fp16 or
+        fp64; keys are rows. L layers of one width in one call share the threads and the reading of the mask.
     mask: None, or [T] ([B, S] with such K), bool or integer; rows where it is 0 are not read into the sums, so NaN
         in padding does no harm. L matrices share one mask.
+    precision: what is taken of fp32 keys. "default": on a CPU with AMX, and in the Triton kernel of a GPU, their first
+        16 bits, all four products of two bf16 planes: the second moment of keys that differ from yours by 2^-18 at
+        most, still positive semidefinite, 2e-6 from the exact one. "exact": all 24 bits (six products of three
+        planes). Elsewhere both are exact, as is every product of bf16 and fp16 keys.
 
-    bf16 and fp16 products are exact; sums are fp32 over at most 1024 tokens and then C's dtype (fp64 keys: fp64).
+    Sums are fp32 over a flush of tokens and then C's dtype: 1024 tokens, with AMX 2048 (bf16) or 512 (other keys), in
+    chains of 128 terms at most; on a GPU 8192 tokens, in chains of 1024. fp64 keys: fp64 throughout. With AMX numbers
+    under 1.2e-38 count as 0.
+    The bits of the result depend on the machine's instruction set, not on the number of threads or the run.
     Gradients do not flow through K. Raises ValueError naming the argument for a wrong dtype, shape or device.
 
         C = torch.zeros(d, d, dtype=torch.float64)
         for keys, mask in batches:  # keys [B, S, d], mask [B, S]
             second_moment_(C, keys, mask)
         mirror_(C)
+
+    Source: Meng et al., arXiv:2202.05262, eq. 15. The three-product split of fp32 keys is not offered: its result is
+    no Gram matrix, and a solve with it can be wrong in the first digit.
     """
-    _op(*_arguments(C, K, mask))
+    if isinstance(C, Tensor) and isinstance(K, Tensor):
+        _op(*_arguments(C, K, mask, precision))
+        return
+    Cs, Ks, rows = _layers(C, K, mask, precision)
+    if Cs[0].device.type == "cpu":
+        _list_op(Cs, Ks, rows, precision)
+        return
+    for matrix, keys in zip(Cs, Ks):
+        _op(matrix, keys, rows, precision)
 
 
 def mirror_(C: Tensor) -> None:
@@ -55,15 +82,64 @@ def mirror_(C: Tensor) -> None:
         C[..., start:stop, stop:] = C[..., stop:, start:stop].mT
 
 
-def _arguments(C: Tensor, K: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _arguments(
+    C: Tensor, K: Tensor, mask: Tensor | None = None, precision: str = "default"
+) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """The op's arguments: checked, keys [T, d] or [L, T, d], mask [T] bool."""
     _check(C, K, mask)
+    _check_precision(precision)
     K = K.detach()
     if C.dim() == 2:
         K = K.reshape(-1, K.shape[-1])
     if mask is not None:
         mask = mask.reshape(-1) if mask.dtype == torch.bool else mask.reshape(-1) != 0
-    return C, K, mask
+    return C, K, mask, precision
+
+
+def _layers(
+    C: Tensor | Sequence[Tensor], K: Tensor | Sequence[Tensor], mask: Tensor | None, precision: str
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """The list op's arguments: checked, C [d, d] and keys [T, d] of one dtype and shape each, mask [T] bool."""
+    Cs, Ks = list(C), list(K)
+    if not Cs or len(Cs) != len(Ks):
+        raise ValueError(
+            f"K must hold keys of every layer, one for each of the {len(Cs)} of C, got {len(Ks)}"
+        )
+    _check_precision(precision)
+    if len({id(matrix) for matrix in Cs}) != len(Cs):
+        raise ValueError("C must be a different matrix for every layer, got one of them twice")
+    for name, given in (("C", Cs), ("K", Ks)):
+        for other in given[1:]:
+            if (other.shape, other.dtype) != (given[0].shape, given[0].dtype):
+                raise ValueError(
+                    f"{name} must have one shape and dtype in all layers, "
+                    f"got {list(given[0].shape)} {_name(given[0].dtype)} and {list(other.shape)} {_name(other.dtype)}"
+                )
+    for matrix, keys in zip(Cs, Ks):
+        if matrix.dim() != 2:
+            raise ValueError(f"C must be a sequence of [d, d], got one of shape {list(matrix.shape)}")
+        _check(matrix, keys, mask)
+    bound = [_arguments(matrix, keys, mask, precision) for matrix, keys in zip(Cs, Ks)]
+    return Cs, [keys for _, keys, _, _ in bound], bound[0][2]
+
+
+def _bind(
+    C: Tensor | Sequence[Tensor],
+    K: Tensor | Sequence[Tensor],
+    mask: Tensor | None = None,
+    *,
+    precision: str = "default",
+) -> tuple[Tensor, Tensor, Tensor | None, str]:
+    """For `explain`: what holds for the first of several layers holds for all."""
+    if isinstance(C, Tensor) and isinstance(K, Tensor):
+        return _arguments(C, K, mask, precision)
+    Cs, Ks, rows = _layers(C, K, mask, precision)
+    return Cs[0], Ks[0], rows, precision
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be 'default' or 'exact', got {precision!r}")
 
 
 def _check(C: Tensor, K: Tensor, mask: Tensor | None) -> None:
@@ -99,15 +175,19 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _fake(C: Tensor, K: Tensor, mask: Tensor | None) -> None:
+def _fake(C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> None:
     return None
 
 
-def _eager(C: Tensor, K: Tensor, mask: Tensor | None) -> None:
-    """Block-column panels of the triangle: about 1.5 times a whole product on a CPU."""
+def _fake_list(C: list[Tensor], K: list[Tensor], mask: Tensor | None, precision: str) -> None:
+    return None
+
+
+def _eager(C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> None:
+    """Block-column panels of the triangle: about 1.5 times a whole product on a CPU. fp32 keys are taken in full."""
     if C.dim() == 3:
         for matrix, keys in zip(C, K):
-            _eager(matrix, keys, mask)
+            _eager(matrix, keys, mask, precision)
         return
     rows = K if mask is None else K[mask]
     dtype = torch.float64 if K.dtype == torch.float64 else torch.float32
@@ -122,27 +202,41 @@ def _eager(C: Tensor, K: Tensor, mask: Tensor | None) -> None:
                 C[stop:, start:stop] += X[:, stop:].mT @ panel
 
 
+def _eager_list(C: list[Tensor], K: list[Tensor], mask: Tensor | None, precision: str) -> None:
+    for matrix, keys in zip(C, K):
+        _eager(matrix, keys, mask, precision)
+
+
 _KEY_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/second_moment.h: KeyType
 _MASTER_CODES = {torch.float32: 0, torch.float64: 1}  # MasterType
 
 
-def _run_cpu(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | None) -> None:
+def _run_cpu(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> None:
+    if C.dim() == 3:
+        return _run_cpu_list(native, list(C), list(K), mask, precision)
+    return _run_cpu_list(native, [C], [K], mask, precision)
+
+
+def _run_cpu_list(
+    native: Callable[..., Any], C: list[Tensor], K: list[Tensor], mask: Tensor | None, precision: str
+) -> None:
+    if not C:
+        return
     rows = None if mask is None else mask.nonzero().flatten()
-    if K.stride(-1) != 1:
-        K = K.contiguous()
-    for matrix, keys in zip(C, K) if C.dim() == 3 else ((C, K),):
-        native(
-            keys=keys.data_ptr(),
-            key_type=_KEY_CODES[keys.dtype],
-            key_stride=keys.stride(0),
-            rows=0 if rows is None else rows.data_ptr(),
-            tokens=keys.shape[0] if rows is None else rows.shape[0],
-            d=matrix.shape[0],
-            master=matrix.data_ptr(),
-            master_type=_MASTER_CODES[matrix.dtype],
-            master_stride=matrix.stride(0),
-            threads=torch.get_num_threads(),
-        )
+    K = [keys if keys.stride(-1) == 1 else keys.contiguous() for keys in K]
+    native(
+        layers=[
+            (keys.data_ptr(), keys.stride(0), matrix.data_ptr(), matrix.stride(0))
+            for matrix, keys in zip(C, K)
+        ],
+        key_type=_KEY_CODES[K[0].dtype],
+        master_type=_MASTER_CODES[C[0].dtype],
+        rows=0 if rows is None else rows.data_ptr(),
+        tokens=K[0].shape[0] if rows is None else rows.shape[0],
+        d=C[0].shape[-1],
+        exact=precision == "exact",
+        threads=torch.get_num_threads(),
+    )
 
 
 def _refuse(C: Tensor, K: Tensor) -> str | None:
@@ -154,18 +248,22 @@ def _refuse(C: Tensor, K: Tensor) -> str | None:
     return None
 
 
-def _refuse_cpu(C: Tensor, K: Tensor, mask: Tensor | None) -> str | None:
+def _refuse_cpu(C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> str | None:
     reason = _refuse(C, K)
     if reason is None and C.shape[-1] < 32:
         return Slower(f"d={C.shape[-1]} is under 32: one small product is as fast")
     return reason
 
 
-def _refuse_triton(C: Tensor, K: Tensor, mask: Tensor | None) -> str | None:
+def _refuse_cpu_list(C: list[Tensor], K: list[Tensor], mask: Tensor | None, precision: str) -> str | None:
+    return next((reason for c, k in zip(C, K) if (reason := _refuse_cpu(c, k, mask, precision))), None)
+
+
+def _refuse_triton(C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> str | None:
     return _refuse(C, K) or _slower_on_gpu(C, K)
 
 
-def _refuse_cuda(C: Tensor, K: Tensor, mask: Tensor | None) -> str | None:
+def _refuse_cuda(C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> str | None:
     if K.dtype == torch.float32:
         return "K is float32, this kernel takes bfloat16 and float16"
     if C.shape[-1] % 8 != 0:
@@ -184,7 +282,13 @@ def _slower_on_gpu(C: Tensor, K: Tensor) -> str | None:
     return None
 
 
-def _run_cuda(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | None) -> None:
+def _run_triton(
+    kernel: Callable[..., None], C: Tensor, K: Tensor, mask: Tensor | None, precision: str
+) -> None:
+    kernel(C, K, mask, 6 if precision == "exact" else 4)
+
+
+def _run_cuda(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> None:
     masters, keys = (C, K) if C.dim() == 3 else (C[None], K[None])
     if keys.stride(-1) != 1 or any(stride % 8 for stride in keys.stride()[:-1]) or keys.data_ptr() % 16:
         keys = keys.clone(memory_format=torch.contiguous_format)
@@ -214,13 +318,22 @@ def _run_cuda(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | N
 
 _op = define_op(
     "second_moment_",
-    "(Tensor(a!) C, Tensor K, Tensor? mask) -> ()",
+    "(Tensor(a!) C, Tensor K, Tensor? mask, str precision) -> ()",
     _fake,
     _eager,
     [
-        Impl("triton", "cuda", "fastedit.kernels.second_moment:second_moment_", _refuse_triton),
+        Impl("triton", "cuda", "fastedit.kernels.second_moment:second_moment_", _refuse_triton, _run_triton),
         Impl("cuda", "cuda", "fastedit._cuda:second_moment", _refuse_cuda, _run_cuda),
         Impl("cpu", "cpu", "fastedit._cpu:second_moment", _refuse_cpu, _run_cpu),
     ],
-    bind=_arguments,
+    bind=_bind,
+)
+
+# Layers that are no view of one tensor, on a CPU.
+_list_op = define_op(
+    "second_moment_list_",
+    "(Tensor(a!)[] C, Tensor[] K, Tensor? mask, str precision) -> ()",
+    _fake_list,
+    _eager_list,
+    [Impl("cpu", "cpu", "fastedit._cpu:second_moment", _refuse_cpu_list, _run_cpu_list)],
 )

@@ -9,12 +9,14 @@ where recomputing the logits in the backward would take three.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import define_op
+from fastedit.ops._dispatch import Impl, define_op
 
 __all__ = ["target_loss"]
 
@@ -170,19 +172,80 @@ def _eager(
             if slope is not None:
                 z.mul_(slope), away.mul_(slope[rows])
             pulls.mul_(torch.cat([fade, fade[rows]])[:, None]).addmm_(weights, w)
+    return _finish(H, weight, targets, rows, softcap, (peak, total, picked, gap, pulls))
+
+
+def _finish(
+    H: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, softcap: float, sums: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses and gradients from the sums over the vocabulary, which are relative to e^peak."""
+    peak, total, picked, gap, pulls = sums
+    R = H.shape[0]
     log_total = total.log()
     wanted = targets >= 0
     nll = torch.where(wanted, (peak - picked) + log_total, 0.0)
     mean = gap / total[rows]
     kl = mean - log_total[rows]
-    if not with_grad:
+    if pulls.shape[1] == 0:
         return nll, kl, pulls[:R].clone(), pulls[R:].clone()
     pull = pulls[:R] / total[:, None]
     d_kl = pulls[R:] / total[rows][:, None] - mean[:, None] * pull[rows]
-    own = weight[targets.clamp(min=0)].to(dtype)
+    own = weight[targets.clamp(min=0)].to(pulls.dtype)
     if softcap:
         own = own * (1 - (picked / softcap).square())[:, None]
     return nll, kl, torch.where(wanted[:, None], pull - own, 0.0), d_kl
+
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/target_loss_amx.h: HeadType
+
+
+def _run_cpu(
+    native: Callable[..., Any],
+    H: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    kl_rows: Tensor | None,
+    kl_logp: Tensor | None,
+    softcap: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (R, d), V = H.shape, weight.shape[0]
+    X, targets = H.to(torch.float32).contiguous(), targets.contiguous()
+    rows = targets.new_empty(0) if kl_rows is None else kl_rows.contiguous()
+    Q = rows.shape[0]
+    if Q and not (int(rows.min()) >= -R and int(rows.max()) < R):
+        raise IndexError(f"kl_rows must be rows of H, below {R}, got {rows.tolist()[:8]}")
+    rows = torch.where(rows < 0, rows + R, rows)
+    logp = X if kl_logp is None else kl_logp.to(torch.float32)
+    logp = logp if logp.stride(-1) == 1 or logp.numel() < 2 else logp.contiguous()
+    weight = weight if weight.stride(1) == 1 or d == 1 else weight.contiguous()
+    wide = None if bias is None else bias.to(torch.float32).contiguous()
+    peak, total, picked, gap = (torch.empty(n) for n in (R, R, R, Q))
+    pulls = torch.empty(R + Q, d if with_grad else 0)
+    native(
+        weight=(weight.data_ptr(), _CODES[weight.dtype], weight.stride(0), V, d),
+        bias=0 if wide is None else wide.data_ptr(),
+        hidden=(X.data_ptr(), _CODES[H.dtype], R),
+        targets=targets.data_ptr(),
+        kl=(rows.data_ptr(), logp.data_ptr(), Q, logp.stride(0)),
+        softcap=softcap,
+        with_grad=with_grad,
+        sums=tuple(part.data_ptr() for part in (peak, total, picked, gap, pulls)),
+        threads=torch.get_num_threads(),
+    )
+    return _finish(X, weight, targets, rows, softcap, (peak, total, picked, gap, pulls))
+
+
+def _refuse_cpu(H: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> str | None:
+    if H.dtype == torch.float64 or weight.dtype == torch.float64:
+        return "the kernel's arithmetic is float32, and float64 rows or weights need float64"
+    if H.dtype not in _CODES or weight.dtype not in _CODES:
+        return f"it takes float32, bfloat16 and float16, got rows of {H.dtype} and weights of {weight.dtype}"
+    level = import_module("fastedit._cpu").info()["isa"]
+    if level != "amx":
+        return f"it is for AMX tiles, and the instruction-set level is {level}"
+    return None
 
 
 def _fake(
@@ -234,12 +297,22 @@ def _bind(
     return H, weight, bias, targets, kl_rows, kl_logp, softcap or 0.0, H.requires_grad
 
 
+def _refuse_triton(H: Tensor, weight: Tensor, *rest: object) -> str | None:
+    if torch.float64 in (H.dtype, weight.dtype):
+        return "H or weight is float64, the kernels compute in float32"
+    return None
+
+
 _op = define_op(
     "target_loss",
     "(Tensor H, Tensor weight, Tensor? bias, Tensor targets, Tensor? kl_rows, Tensor? kl_logp, float softcap, "
     "bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _eager,
+    [
+        Impl("triton", "cuda", "fastedit.kernels.target_loss:target_loss", _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:target_loss", _refuse_cpu, _run_cpu),
+    ],
     autograd=(_backward, _setup),
     bind=_bind,
 )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-import textwrap
+import math
 
 import pytest
 import torch
@@ -15,11 +12,13 @@ from torch import Tensor
 
 import fastedit
 from fastedit.ops import mirror_, second_moment_
-from fastedit.ops.second_moment import _op
+from fastedit.ops.second_moment import Precision, _list_op, _op
 
 # Relative Frobenius error against fp64 on the same keys. bf16 and fp16 products are exact, so only sums round: torch
 # sums a whole flush in one chain when d is 1, the compiled kernel never more than 128 terms.
 TOLERANCE = {"eager": 2e-6, "cpu": 3e-7, "gpu": 5e-6}
+# Two bf16 planes hold a fp32 key to 2^-18, so no product of two keys is off by more than this.
+TWO_PLANES = 2.0**-17
 FLOAT64 = 1e-14
 KEYS = [torch.float32, torch.bfloat16, torch.float16]
 MASTERS = [torch.float64, torch.float32]
@@ -53,18 +52,27 @@ def started(d: int, dtype: torch.dtype, *, device: str = "cpu") -> Tensor:
     return C.to(device)
 
 
-def run_shapes(backend: str, dtype: torch.dtype, master: torch.dtype, *, device: str = "cpu") -> None:
-    tolerance = FLOAT64 if dtype == master == torch.float64 else TOLERANCE[backend]
+def run_shapes(
+    backend: str,
+    dtype: torch.dtype,
+    master: torch.dtype,
+    *,
+    device: str = "cpu",
+    precision: Precision = "exact",
+    tolerance: float | None = None,
+) -> None:
+    if tolerance is None:
+        tolerance = FLOAT64 if dtype == master == torch.float64 else TOLERANCE[backend]
     for T, d in SHAPES:
         K, mask = problem(T, d, dtype, device=device)
         C = started(d, master, device=device)
         with fastedit.backend(backend):
-            second_moment_(C, K, mask)
+            second_moment_(C, K, mask, precision=precision)
         check(C, K, mask, tolerance=tolerance)
         K = K.nan_to_num(0.5)
         C = started(d, master, device=device)
         with fastedit.backend(backend):
-            second_moment_(C, K)
+            second_moment_(C, K, precision=precision)
         check(C, K, None, tolerance=tolerance)
 
 
@@ -80,8 +88,15 @@ def test_cpu(cpu_level: str, dtype: torch.dtype, master: torch.dtype) -> None:
     run_shapes("cpu", dtype, master)
 
 
-def test_cpu_on_several_threads_gives_the_same_bits(native_cpu: None) -> None:
-    K, mask = problem(1500, 391, torch.bfloat16)
+@pytest.mark.parametrize("master", MASTERS, ids=str)
+def test_cpu_fp32_keys_by_default(cpu_level: str, master: torch.dtype) -> None:
+    tolerance = TWO_PLANES if cpu_level == "amx" else TOLERANCE["cpu"]
+    run_shapes("cpu", torch.float32, master, precision="default", tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", KEYS, ids=str)
+def test_cpu_on_several_threads_gives_the_same_bits(cpu_level: str, dtype: torch.dtype) -> None:
+    K, mask = problem(1500, 391, dtype)
     results = []
     before = torch.get_num_threads()
     try:
@@ -124,13 +139,13 @@ def test_layouts(backend: str, request: pytest.FixtureRequest) -> None:
         C = started(K.shape[1], torch.float64)
         m = mask[: K.shape[0]]
         with fastedit.backend(backend):
-            second_moment_(C, K, m)
+            second_moment_(C, K, m, precision="exact")
         check(C, K, m, tolerance=1e-6)
     C = torch.full((100, 240), 7.0, dtype=torch.float64)
     view = C[:, 40:140]
     view.copy_(started(100, torch.float64))
     with fastedit.backend(backend):
-        second_moment_(view, wide[:, :100])
+        second_moment_(view, wide[:, :100], precision="exact")
     check(view, wide[:, :100], None, tolerance=1e-6)
     assert C[:, :40].eq(7).all() and C[:, 140:].eq(7).all()
 
@@ -166,10 +181,108 @@ def test_batches_of_sequences_and_of_layers(backend: str, request: pytest.Fixtur
             assert torch.equal(layers[layer], alone)
 
 
+def test_a_sequence_of_layers(cpu_level: str) -> None:
+    # Layers of their own strides; together they are more than one packing of the kernel's.
+    wide = torch.randn(4, 300, 400, generator=torch.Generator().manual_seed(5))
+    mask = torch.rand(300, generator=torch.Generator().manual_seed(6)) > 0.5
+    keys = [wide[0][:, :130], wide[1][:, 7:137], wide[2][:, ::3][:, :130], wide[3].T[:300, :130].contiguous()]
+    sums = [torch.zeros(130, 130 + 5 * i, dtype=torch.float64)[:, :130] for i in range(4)]
+    with fastedit.backend("cpu"):
+        second_moment_(sums, keys, mask)
+        for C, K in zip(sums, keys):
+            alone = torch.zeros(130, 130, dtype=torch.float64)
+            second_moment_(alone, K, mask)
+            assert torch.equal(C, alone)
+    before = [C.clone() for C in sums]
+    with fastedit.backend("eager"):
+        second_moment_(sums, keys, mask)
+    for C, once in zip(sums, before):
+        torch.testing.assert_close(C, 2 * once, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", KEYS, ids=str)
+def test_sums_are_positive_semidefinite(cpu_level: str, dtype: torch.dtype) -> None:
+    # Few tokens: most eigenvalues are 0, and rounding must not push them below what fp32 sums allow.
+    K = torch.randn(60, 150, generator=torch.Generator().manual_seed(7)).to(dtype)
+    C = torch.zeros(150, 150, dtype=torch.float64)
+    with fastedit.backend("cpu"):
+        second_moment_(C, K)
+    mirror_(C)
+    values = torch.linalg.eigvalsh(C)
+    assert values[0] > -3e-7 * values[-1]
+
+
+def test_an_update_from_fp32_keys_is_nearer_to_fp64_than_with_one_fp32_product(native_cpu: None) -> None:
+    # The update of MEMIT, D = R ((mu C + K K^T)^-1 K)^T, magnifies the errors of C by its condition.
+    for condition in (1e3, 1e5, 1e7):
+        exact, ours, product = update_errors(condition, torch.float32)
+        assert 1.5 * max(exact, ours) < product, f"{condition:.0e} {exact:.1e} {ours:.1e} {product:.1e}"
+
+
+def test_an_update_from_bf16_keys_is_nearer_to_fp64_than_with_one_fp32_product(native_cpu: None) -> None:
+    for condition in (1e3, 1e5, 1e7):
+        exact, ours, product = update_errors(condition, torch.bfloat16)
+        assert exact == ours and 2.5 * ours < product, f"{condition:.0e} {ours:.1e} {product:.1e}"
+
+
+def update_errors(condition: float, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Relative errors of an update with C summed exactly, by default, and by one fp32 product."""
+    d, T, n = 256, 8192, 32
+    generator = torch.Generator().manual_seed(8)
+    basis, _ = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))
+    scales = torch.logspace(0, -0.5 * math.log10(condition), d, dtype=torch.float64)
+    keys = (torch.randn(T, d, generator=generator, dtype=torch.float64) * scales @ basis.T).to(dtype)
+    new = torch.randn(d, n, generator=generator, dtype=torch.float64)
+    residual = torch.randn(64, n, generator=generator, dtype=torch.float64)
+
+    def update(C: Tensor) -> Tensor:
+        mirror_(C)
+        return residual @ torch.linalg.solve(15_000 * C.double() / T + new @ new.T, new).T
+
+    sums = [torch.zeros(d, d, dtype=torch.float64) for _ in range(3)]
+    with fastedit.backend("cpu"):
+        second_moment_(sums[0], keys, precision="exact")
+        second_moment_(sums[1], keys)
+    sums[2] += keys.float().T @ keys.float()
+    expected = update(keys.double().T @ keys.double())
+    errors = [float((update(C) - expected).norm() / expected.norm()) for C in sums]
+    return errors[0], errors[1], errors[2]
+
+
+def test_amx_is_a_level_of_its_own(monkeypatch: pytest.MonkeyPatch, native_cpu: None) -> None:
+    from fastedit import _cpu
+
+    if "amx" not in _cpu.info()["isa_levels"]:
+        pytest.skip("this machine has no AMX, or its kernel does not permit it")
+    K = torch.randn(100, 64, generator=torch.Generator().manual_seed(9)).bfloat16()
+    left = torch.randn(64, 64, generator=torch.Generator().manual_seed(9)).bfloat16()
+    expected = left @ left
+    results = []
+    for level in ("amx", "avx512", "amx"):
+        monkeypatch.setenv("FASTEDIT_ISA", level)
+        C = torch.zeros(64, 64, dtype=torch.float64)
+        with fastedit.backend("cpu"):
+            second_moment_(C, K)
+        results.append(C)
+        # The products of torch use the tiles as well; each side configures them for itself.
+        assert torch.equal(left @ left, expected)
+    assert torch.equal(results[0], results[2])
+
+
+def test_amx_takes_the_smallest_keys_for_zero(cpu_level: str) -> None:
+    K = torch.full((3, 40), 1e-39).bfloat16()
+    K[:, 0] = 1e38
+    C = torch.zeros(40, 40, dtype=torch.float64)
+    with fastedit.backend("cpu"):
+        second_moment_(C, K)
+    small = 0.0 if cpu_level == "amx" else 3 * float(K[0, 0].double() * K[0, 1].double())
+    assert C[1, 0].item() == pytest.approx(small, rel=1e-6)
+
+
 def test_gradients_do_not_flow() -> None:
     K = torch.randn(50, 40, requires_grad=True)
     C = torch.zeros(40, 40)
-    second_moment_(C, K * 2)
+    second_moment_(C, K * 2, precision="exact")
     assert not C.requires_grad
     torch.testing.assert_close(C, (4 * K.detach().T @ K.detach()).tril(), rtol=1e-5, atol=1e-4)
 
@@ -234,11 +347,32 @@ def test_mirror() -> None:
             (torch.zeros(4, 4), torch.zeros(5, 4), torch.ones(5, device="meta").bool()),
             "mask must be on the device",
         ),
+        (([torch.zeros(4, 4)], []), "K must hold keys of every layer, one for each of the 1 of C, got 0"),
+        (([], []), "K must hold keys of every layer"),
+        (([torch.zeros(4, 4)] * 2, [torch.zeros(5, 4)] * 2), "C must be a different matrix for every layer"),
+        (
+            ([torch.zeros(4, 4), torch.zeros(3, 3)], [torch.zeros(5, 4), torch.zeros(5, 3)]),
+            r"C must have one shape and dtype in all layers, got \[4, 4\] float32 and \[3, 3\] float32",
+        ),
+        (
+            ([torch.zeros(4, 4), torch.zeros(4, 4)], [torch.zeros(5, 4), torch.zeros(5, 4).half()]),
+            "K must have one shape and dtype in all layers",
+        ),
+        (([torch.zeros(2, 4, 4)], [torch.zeros(2, 5, 4)]), r"C must be a sequence of \[d, d\]"),
     ],
 )
 def test_bad_input_names_the_argument(args: tuple[Tensor, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         second_moment_(*args)
+
+
+def test_precision_is_one_of_two() -> None:
+    for C, K in (
+        (torch.zeros(4, 4), torch.zeros(5, 4)),
+        ([torch.zeros(4, 4)], [torch.zeros(5, 4)]),
+    ):
+        with pytest.raises(ValueError, match="precision must be 'default' or 'exact', got 'tf32'"):
+            second_moment_(C, K, precision="tf32")
 
 
 def test_unknown_isa_is_an_error(native_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,8 +387,11 @@ def test_unknown_isa_is_an_error(native_cpu: None, monkeypatch: pytest.MonkeyPat
 def test_opcheck() -> None:
     K, mask = problem(63, 40, torch.float32)
     K = K.nan_to_num(0.0)
-    torch.library.opcheck(_op, (torch.zeros(40, 40, dtype=torch.float64), K, mask))
-    torch.library.opcheck(_op, (torch.zeros(2, 40, 40), torch.ones(2, 9, 40), None))
+    torch.library.opcheck(_op, (torch.zeros(40, 40, dtype=torch.float64), K, mask, "default"))
+    torch.library.opcheck(_op, (torch.zeros(2, 40, 40), torch.ones(2, 9, 40), None, "exact"))
+    torch.library.opcheck(
+        _list_op, ([torch.zeros(40, 40), torch.zeros(40, 40)], [K, K.clone()], mask, "default")
+    )
 
 
 def test_small_sizes_go_to_eager(native_cpu: None) -> None:
@@ -265,94 +402,6 @@ def test_small_sizes_go_to_eager(native_cpu: None) -> None:
     assert [row.name for row in small if row.chosen] == ["eager"]
     assert [row.name for row in large if row.chosen] == ["cpu"]
     assert "under 32" in next(row.reason for row in small if row.name == "cpu")
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-
-@needs_triton
-@pytest.mark.interp
-def test_triton_in_the_interpreter() -> None:
-    # In a process of its own: whether Triton interprets is fixed when the kernel is decorated.
-    code = """
-        import torch, fastedit
-        from fastedit.ops import second_moment_
-        cases = [
-            (63, 200, torch.bfloat16, torch.float64), (1, 8, torch.float16, torch.float32),
-            (1030, 63, torch.float32, torch.float64), (0, 63, torch.bfloat16, torch.float32),
-        ]
-        for T, d, dtype, master in cases:
-            for masked in (False, True):
-                torch.manual_seed(T)
-                K, mask = torch.randn(2, T, d).to(dtype), torch.rand(T) > 0.4
-                if masked:
-                    K[:, ~mask] = float("nan")
-                C = torch.ones(2, d, d, dtype=master)
-                C[torch.ones(2, d, d, dtype=torch.bool).triu(1)] = 7
-                with fastedit.backend("triton"):
-                    second_moment_(C, K, mask if masked else None)
-                kept = (K[:, mask] if masked else K).double()
-                expected = torch.ones(2, d, d, dtype=torch.float64) + kept.mT @ kept
-                error = (C.double() - expected).tril().norm() / expected.tril().norm()
-                assert error < 1e-6, (T, d, dtype, masked, error)
-                assert C[torch.ones(2, d, d, dtype=torch.bool).triu(1)].eq(7).all()
-        print("ok")
-    """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "ok"
-
-
-def _aot_cases() -> list[object]:
-    cases = [(arch, key, master) for arch in (80, 90) for key in (2, 4) for master in (4, 8)]
-    # The kernel with a list of rows uses what the one without does and more; both are compiled with the slow tests.
-    return [pytest.param(*case, True) for case in cases] + [
-        pytest.param(*case, False, marks=pytest.mark.slow) for case in cases
-    ]
-
-
-@needs_triton
-@pytest.mark.aot
-@pytest.mark.parametrize(("arch", "key", "master", "rows"), _aot_cases())
-def test_triton_compiles_without_spills(
-    arch: int, key: int, master: int, rows: bool, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    from aot import SHARED_LIMIT, compile_kernel
-
-    from fastedit.kernels.second_moment import CONFIGS, _second_moment_kernel
-
-    config = CONFIGS[arch, key, master]
-    strides = ("d", "key_layer_stride", "key_stride", "out_layer_stride", "out_stride")
-    found = compile_kernel(
-        _second_moment_kernel,
-        {
-            "keys": {2: "*bf16", 4: "*fp32"}[key],
-            "rows": "*i32",
-            "count": "*i32",
-            "out": {4: "*fp32", 8: "*fp64"}[master],
-            "tokens": "i32",
-            **dict.fromkeys(strides, "i32"),
-        },
-        config.constexprs(rows, False),
-        arch=arch,
-        warps=config.warps,
-        stages=config.stages,
-        aligned=("keys", "rows", "count", "out", *strides),
-        directory=tmp_path,
-    )
-    assert (found.stack, found.spills) == (0, 0), found
-    assert found.shared <= SHARED_LIMIT[arch], found
-    assert found.tensor_core > 0, found
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +12,16 @@ from hypothesis import strategies as st
 from reference.target_loss import target_loss as reference
 from torch import Tensor
 
+import fastedit
 from fastedit.ops import target_loss as module
 from fastedit.ops.target_loss import _op, target_loss
+
+
+@pytest.fixture(autouse=True, params=["eager", "preferred"])
+def _implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The eager default, and whatever this machine prefers to it."""
+    with fastedit.backend("eager") if request.param == "eager" else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ def product(K: torch.Tensor, threads: int) -> torch.Tensor:
 
     d = K.shape[1]
     C = torch.zeros(d, d, dtype=torch.float64)
-    _cpu.second_moment(K.data_ptr(), 0, d, 0, K.shape[0], d, C.data_ptr(), 1, d, threads)
+    _cpu.second_moment([(K.data_ptr(), d, C.data_ptr(), d)], 0, 1, 0, K.shape[0], d, True, threads)
     return C
 
 
@@ -60,7 +60,7 @@ def test_a_forked_child_gets_its_own_threads(keys: torch.Tensor) -> None:
     if child == 0:
         status = 1
         try:
-            _cpu.second_moment(keys.data_ptr(), 0, d, 0, keys.shape[0], d, C.data_ptr(), 1, d, 3)
+            _cpu.second_moment([(keys.data_ptr(), d, C.data_ptr(), d)], 0, 1, 0, keys.shape[0], d, True, 3)
             status = 0 if result.tobytes() == wanted else 2
         finally:
             os._exit(status)
