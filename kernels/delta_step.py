@@ -31,14 +31,14 @@ def _delta_step_kernel(
     step_stride,
     init_norm_stride,
     active_stride,
-    lr: "fp64",
-    weight_decay: "fp64",
-    clamp: "fp64",
-    beta1: "fp64",
-    beta2: "fp64",
-    log_beta1: "fp64",
-    log_beta2: "fp64",
-    eps: "fp64",
+    lr: tl.float64,
+    weight_decay: tl.float64,
+    clamp: tl.float64,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    eps: tl.float64,
     BLOCK: tl.constexpr,
 ):
     """g = grad + weight_decay / radius^2 * delta / ||delta||; Adam with the row's own step count; ||delta|| <= limit"""
@@ -102,8 +102,7 @@ def _root(x):
     """The square root rounded to nearest; plain sqrt of fp32 is an approximation."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
+    return tl.sqrt_rn(x)
 
 
 def delta_step_(

@@ -78,7 +78,9 @@ def _count_kernel(
         if PASS > 0:
             mine &= (size >> (SHIFT + BITS)) == head
         found += tl.histogram(((size >> SHIFT) & (DIGITS - 1)).to(tl.int32), DIGITS, mask=mine)
-    tl.atomic_add(counts + PASS * DIGITS + tl.arange(0, DIGITS), found.to(tl.int64), mask=found > 0, sem="relaxed")
+    tl.atomic_add(
+        counts + PASS * DIGITS + tl.arange(0, DIGITS), found.to(tl.int64), mask=found > 0, sem="relaxed"
+    )
 
 
 @triton.jit

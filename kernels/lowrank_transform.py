@@ -34,7 +34,7 @@ def _normalise_kernel(
     d_row,
     d_column,
     mode_stride,
-    eps: "fp64",
+    eps: tl.float64,
     COLUMNS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_MEAN: tl.constexpr,
@@ -56,7 +56,9 @@ def _normalise_kernel(
     if HAS_MEAN:
         z -= tl.load(mean + module * width + c, mask=inside, other=0.0).to(dtype)
     if HAS_STD:
-        z = z / (tl.load(std + module * width + c, mask=inside, other=1.0).to(dtype) + tl.full((), eps, dtype))
+        z = z / (
+            tl.load(std + module * width + c, mask=inside, other=1.0).to(dtype) + tl.full((), eps, dtype)
+        )
     tl.store(out + row * width + c, z, mask=inside)
 
 
@@ -152,7 +154,13 @@ def _layer_end_gradient_kernel(
 
 
 def _normalise(
-    X: Tensor, D: Tensor | None, mean: Tensor | None, std: Tensor | None, mode: Tensor | None, eps: float, out: Tensor
+    X: Tensor,
+    D: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    mode: Tensor | None,
+    eps: float,
+    out: Tensor,
 ) -> None:
     n, width = out.shape
     # A table of one row serves all modules.
@@ -200,7 +208,8 @@ def lowrank_transform(
     dtype = V[0].dtype if layers else torch.float64 if torch.float64 in (X.dtype, D.dtype) else torch.float32
     kept, ranks = (layers, sum(v.shape[0] for v in V)) if with_grad else (0, 0)
     z, Z, A, H = (
-        torch.empty(shape, dtype=dtype, device=X.device) for shape in ((n, d), (kept, n, d), (kept, n, d), (n, ranks))
+        torch.empty(shape, dtype=dtype, device=X.device)
+        for shape in ((n, d), (kept, n, d), (kept, n, d), (n, ranks))
     )
     if z.numel() == 0:
         return z, Z, A, H.zero_()

@@ -48,7 +48,9 @@ def _blocks_kernel(
         kept &= tl.load(mask + r, mask=kept, other=0) != 0
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     here = kept[:, None] & (c < width_x)[None, :]
-    x = tl.load(X + r[:, None] * x_row + c.to(tl.int64)[None, :] * x_column, mask=here, other=0.0).to(tl.float64)
+    x = tl.load(X + r[:, None] * x_row + c.to(tl.int64)[None, :] * x_column, mask=here, other=0.0).to(
+        tl.float64
+    )
     if HAS_D:
         # Beside X, so every column is in one of the two and zero in the other.
         other = (c - width_x).to(tl.int64)

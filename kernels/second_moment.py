@@ -191,7 +191,7 @@ def config_for(arch: int, master: torch.dtype) -> Config:
     return CONFIGS[arch, master.itemsize]
 
 
-def second_moment_(C: Tensor, K: Tensor, mask: Tensor | None, products: int = 6) -> None:
+def second_moment_(C: Tensor, K: Tensor, mask: Tensor | None, products: int) -> None:
     """C [d, d] or [L, d, d] fp32/fp64 += the second moment of K [T, d] or [L, T, d] fp32/bf16/fp16; mask [T] bool.
 
     products: of bf16 planes for float32 keys, 4 or 6.

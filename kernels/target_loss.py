@@ -77,7 +77,9 @@ def _sums_kernel(
             tl.store(z + c, x, mask=c < width)
     tl.debug_barrier()
     nan = tl.max((peaks != peaks).to(tl.int32), axis=0) > 0
-    peak = tl.where(nan, float("nan"), tl.maximum(before, tl.max(tl.where(peaks != peaks, 0.0, peaks), axis=0)))
+    peak = tl.where(
+        nan, float("nan"), tl.maximum(before, tl.max(tl.where(peaks != peaks, 0.0, peaks), axis=0))
+    )
     rise = peak - before
     fade = tl.exp(-rise)
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -88,7 +90,10 @@ def _sums_kernel(
     tl.store(state + R + row, total * fade + tl.sum(sums, axis=0))
     if (target >= 0) & (target < width):
         hit = tl.max(tl.where(found != found, -float("inf"), found), axis=0)
-        tl.store(state + 2 * R + row, tl.where(tl.max((found != found).to(tl.int32), axis=0) > 0, float("nan"), hit))
+        tl.store(
+            state + 2 * R + row,
+            tl.where(tl.max((found != found).to(tl.int32), axis=0) > 0, float("nan"), hit),
+        )
     tl.store(state + 3 * R + row, fade)
     tl.store(state + 4 * R + row, rise)
     tl.store(state + 5 * R + row, total)
@@ -111,8 +116,7 @@ def _slope(x, softcap, CAPPED: tl.constexpr):
     """The derivative of the cap, from its value."""
     if CAPPED:
         return 1.0 - (x / softcap) * (x / softcap)
-    else:
-        return 1.0
+    return 1.0
 
 
 @triton.jit

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 import fastedit
+from fastedit.kernels import attribution_reduce as attribution_kernel
 from fastedit.kernels import kth_magnitude as kth_magnitude_kernel
 from fastedit.kernels import second_moment as second_moment_kernel
 from fastedit.kernels import target_loss as target_loss_kernel
@@ -124,12 +125,12 @@ def second_moment_strides() -> None:
             torch.randn(200, 80).half()[:, :40],
         ):
             C = torch.zeros(50, 64, dtype=torch.float64)[:40, 3:43]
-            second_moment_kernel.second_moment_(C, K, None)
+            second_moment_kernel.second_moment_(C, K, None, 6)
             exact = (K.double().T @ K.double()).tril()
             assert (C.tril() - exact).norm() < 1e-6 * exact.norm()
             assert not C.triu(1).any()
             mask = torch.arange(200) % 3 > 0
-            second_moment_kernel.second_moment_(C, K, mask)
+            second_moment_kernel.second_moment_(C, K, mask, 6)
             exact += (K[mask].double().T @ K[mask].double()).tril()
             assert (C.tril() - exact).norm() < 1e-6 * exact.norm()
         second_moment_kernel.CONFIGS[arch, 8] = config
@@ -142,11 +143,14 @@ def attribution_reduce() -> None:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             t.check(*t.problem((3, 1, 0, 20, 7), 63, dtype))
         t.check(*t.problem((2, 9), 700, torch.float16, before=0, after=0))
-    t.forced = fastedit.backend
-    with fastedit.backend("triton"):
-        t.test_layouts("triton")
-        t.test_nan_stays_in_its_group("triton")
-        t.test_chunks_add_up("triton")
+        gradient, starts, activation = t.problem((3, 5), 14, torch.float32)
+        wide = torch.full((2 * len(gradient), 31), torch.nan)
+        wide[::2, 2:30:2] = gradient
+        t.check(wide[::2, 2:30:2], starts, activation.T.contiguous().T)
+        # Rows outside of the gradient are not read, whatever `starts` says of them.
+        kernel = attribution_kernel.attribution_reduce
+        found = kernel(torch.ones(4, 3), torch.tensor([-2, 1, 9]), None, 1)
+        assert found.tolist() == [[1.0] * 3, [3.0] * 3]
 
 
 @check
@@ -252,7 +256,9 @@ def rank_update() -> None:
         t.measured("triton", weight, torch.float32)
 
 
-def _target_loss(R: int, d: int, V: int, Q: int, dtype: torch.dtype, weight: torch.dtype, **options: object) -> None:
+def _target_loss(
+    R: int, d: int, V: int, Q: int, dtype: torch.dtype, weight: torch.dtype, **options: object
+) -> None:
     t = test_target_loss
     H, w, bias, *rest = t.problem(R, d, V, Q, dtype, seed=R + V)
     with fastedit.backend("triton"):

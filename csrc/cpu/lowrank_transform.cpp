@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/buffer.h"
 #include "cpu/isa.h"
 #include "cpu/lowrank_transform_amx.h"
 #include "cpu/thread_pool.h"
@@ -31,18 +32,25 @@ void lowrank_transform(const LowrankTransformArgs& args) {
     const auto residual_row = FASTEDIT_PICK(lowrank_residual_row);
     float* z = args.start.z;
     const std::int64_t n = args.n, d = args.d;
-    parallel_for(args.threads, n, [&](std::int64_t row, int) { normalise_row(args.start, row); });
+    const int threads = std::max(args.threads, 1);
+    // One for all products: fresh pages cost as much as packing into them.
+    std::int64_t bytes = 0;
+    for (std::int64_t index = 0; current_level() == Level::kAmx && index < args.count; ++index)
+        bytes = std::max({bytes, lowrank_product_amx_scratch(n, d, threads),
+                          lowrank_product_amx_scratch(n, args.layers[index].rank, threads)});
+    const Buffer<char> scratch(static_cast<std::size_t>(bytes));
+    parallel_for(threads, n, [&](std::int64_t row, int) { normalise_row(args.start, row); });
     for (std::int64_t index = 0; index < args.count; ++index) {
         const LowrankLayer& layer = args.layers[index];
         if (layer.input != nullptr)
             std::memcpy(layer.input, z, static_cast<std::size_t>(n * d) * sizeof(float));
-        product({layer.V, layer.V_stride, z, d, layer.hidden, layer.hidden_stride, n, layer.rank, d,
-                 args.threads});
+        product({layer.V, layer.V_stride, z, d, layer.hidden, layer.hidden_stride, n, layer.rank, d, threads,
+                 scratch.get()});
         product({layer.U, layer.U_stride, layer.hidden, layer.hidden_stride, layer.a, d, n, d, layer.rank,
-                 args.threads});
+                 threads, scratch.get()});
         const ResidualArgs residual{z,           layer.a,         layer.bias, layer.scale,
                                     layer.shift, args.start.mode, d,          args.clamp_first};
-        parallel_for(args.threads, n, [&](std::int64_t row, int) { residual_row(residual, row); });
+        parallel_for(threads, n, [&](std::int64_t row, int) { residual_row(residual, row); });
     }
 }
 

@@ -27,6 +27,7 @@ struct ProductArgs {
     std::int64_t out_stride;
     std::int64_t n, outputs, depth;
     int threads;
+    char* scratch;  // lowrank_product_amx_scratch() bytes where the tiles are used
 };
 
 // a += bias; z += max(scale a + shift, 0), or with clamp_first z += scale max(a, 0) + shift.

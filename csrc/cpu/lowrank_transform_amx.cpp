@@ -5,31 +5,46 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cpu/buffer.h"
 #include "cpu/thread_pool.h"
 
 namespace fastedit {
 
+namespace {
+
+constexpr std::int64_t kSums = kProductOutputs * 16 * kProductTiles;  // of a thread
+
+struct Passes {
+    std::int64_t steps, tiles, most;  // most: tiles of rows that one pass over the weight takes
+
+    Passes(std::int64_t n, std::int64_t depth)
+        : steps((depth + kProductDepth - 1) / kProductDepth), tiles((n + 15) / 16), most(0) {
+        const std::int64_t passes = (tiles + kProductTiles - 1) / kProductTiles;
+        if (passes > 0) most = (tiles + passes - 1) / passes;
+    }
+    std::int64_t packed_bytes() const { return steps * most * kProductPlanes * kProductTileBytes; }
+};
+
+}  // namespace
+
+std::int64_t lowrank_product_amx_scratch(std::int64_t n, std::int64_t depth, int threads) {
+    return Passes(n, depth).packed_bytes() + threads * kSums * static_cast<std::int64_t>(sizeof(float));
+}
+
 #ifdef FASTEDIT_AMX
 
 void lowrank_product_amx(const ProductArgs& args) {
-    if (args.n == 0 || args.outputs == 0) return;
-    const std::int64_t steps = (args.depth + kProductDepth - 1) / kProductDepth;
-    const std::int64_t tiles = (args.n + 15) / 16, passes = (tiles + kProductTiles - 1) / kProductTiles;
-    const std::int64_t most = (tiles + passes - 1) / passes;
+    const Passes passes(args.n, args.depth);
     const std::int64_t tasks = (args.outputs + kProductOutputs - 1) / kProductOutputs;
-    const int threads = std::max(args.threads, 1);
-    const Buffer<char> packed(static_cast<std::size_t>(steps * most * kProductPlanes * kProductTileBytes));
-    const std::int64_t sums_size = kProductOutputs * 16 * kProductTiles;
-    const Buffer<float> sums(static_cast<std::size_t>(sums_size) * threads);
-    for (std::int64_t tile = 0; tile < tiles; tile += most) {
-        const ProductPanel panel{packed.get(), 16 * tile, std::min(most, tiles - tile), steps};
-        parallel_for(threads, steps,
+    float* sums = reinterpret_cast<float*>(args.scratch + passes.packed_bytes());
+    for (std::int64_t tile = 0; tile < passes.tiles; tile += passes.most) {
+        const ProductPanel panel{args.scratch, 16 * tile, std::min(passes.most, passes.tiles - tile),
+                                 passes.steps};
+        parallel_for(args.threads, passes.steps,
                      [&](std::int64_t step, int) { amx::lowrank_product_pack(args, panel, step); });
-        parallel_for(threads, tasks, [&](std::int64_t task, int worker) {
+        parallel_for(args.threads, tasks, [&](std::int64_t task, int worker) {
             const std::int64_t first = task * kProductOutputs;
             amx::lowrank_product_task(args, panel, first, std::min(first + kProductOutputs, args.outputs),
-                                      sums.get() + worker * sums_size);
+                                      sums + worker * kSums);
         });
     }
 }

@@ -35,5 +35,7 @@ void lowrank_product_task(const ProductArgs& args, const ProductPanel& panel, st
 #endif
 
 void lowrank_product_amx(const ProductArgs& args);
+// Bytes of args.scratch for products of n rows of this depth.
+std::int64_t lowrank_product_amx_scratch(std::int64_t n, std::int64_t depth, int threads);
 
 }  // namespace fastedit

@@ -63,8 +63,10 @@ inline __attribute__((always_inline)) void load_left(const float* weight, std::i
         const float* from = weight + row * stride;
         __m512i planes[kPlanes];
         load_split(from, count, planes);
-        _mm_prefetch(reinterpret_cast<const char*>(from + 64), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(from + 80), _MM_HINT_T0);
+        // One step further: with rows to come from 32 places, more than that leaves the first-level cache
+        // before it is used.
+        _mm_prefetch(reinterpret_cast<const char*>(from + 32), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(from + 48), _MM_HINT_T0);
         for (int plane = 0; plane < kPlanes; ++plane)
             _mm512_store_si512(left.tile[row / 16][plane] + row % 16 * 64, planes[plane]);
     }
@@ -178,13 +180,16 @@ void task(const ProductArgs& args, const ProductPanel& panel, std::int64_t first
                           sums + (output - first) / 32 * kSums);
     }
     const std::int64_t rows = args.n - panel.first < 16 * kTiles ? args.n - panel.first : 16 * kTiles;
-    for (std::int64_t row = 0; row < rows; ++row) {
-        float* out = args.out + (panel.first + row) * args.out_stride;
-        for (std::int64_t output = first; output < last; ++output) {
-            const std::int64_t at = output - first;
-            const float* tile = sums + at / 32 * kSums + (at % 32 / 16 * kProductTiles + row / 16) * 256;
-            out[output] = tile[at % 16 * 16 + row % 16];
-        }
+    const __m512i down =
+        _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+    for (std::int64_t output = first; output < last; output += 16) {
+        const std::int64_t at = output - first;
+        const __mmask16 mask =
+            static_cast<__mmask16>(last - output < 16 ? (1 << (last - output)) - 1 : 0xffff);
+        const float* tiles = sums + at / 32 * kSums + at % 32 / 16 * kProductTiles * 256;
+        float* out = args.out + panel.first * args.out_stride + output;
+        for (std::int64_t row = 0; row < rows; ++row, out += args.out_stride)
+            _mm512_mask_storeu_ps(out, mask, _mm512_i32gather_ps(down, tiles + row / 16 * 256 + row % 16, 4));
     }
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -90,14 +89,6 @@ def _bind(
     return gradient, starts, activation, steps
 
 
-def _check_on_cpu(
-    kernel: Callable[..., Tensor], gradient: Tensor, starts: Tensor, activation: Tensor | None, steps: int
-) -> Tensor:
-    """The interpreter's tensors are on the CPU; elsewhere this looks at nothing."""
-    _check_starts(starts, gradient.shape[0])
-    return kernel(gradient, starts, activation, steps)
-
-
 def _refuse_triton(gradient: Tensor, starts: Tensor, activation: Tensor | None, steps: int) -> str | None:
     """Any strides and dtypes; one read of the gradient, where the eager default makes a widened copy."""
     return None
@@ -114,7 +105,6 @@ _op = define_op(
             "cuda",
             "fastedit.kernels.attribution_reduce:attribution_reduce",
             _refuse_triton,
-            _check_on_cpu,
         )
     ],
     bind=_bind,

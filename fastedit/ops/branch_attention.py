@@ -436,6 +436,7 @@ _KERNELS = "fastedit.kernels.branch_attention"
 # kernels/branch_attention.py: CONFIGS
 _WIDEST = 256
 _WIDEST_FLOAT = 128
+_WIDEST_FLOAT_BACKWARD = 64  # the gradient of the queries holds four tiles, each split into two TF32 parts
 
 
 def _refuse(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, *_: Any) -> str | None:
@@ -449,6 +450,12 @@ def _refuse(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor,
 
 
 def _refuse_backward(grad: Tensor, lse: Tensor, *rest: Any) -> str | None:
+    width = rest[0].shape[2]
+    if width > _WIDEST_FLOAT_BACKWARD and torch.float32 in [
+        grad.dtype,
+        *(tensor.dtype for tensor in rest[:5]),
+    ]:
+        return f"float32 heads fit in registers up to a width of {_WIDEST_FLOAT_BACKWARD} here, got {width}"
     return _refuse(*rest)
 
 

@@ -40,13 +40,14 @@ def second_moment_(
         fp64; keys are rows. L layers of one width in one call share the threads and the reading of the mask.
     mask: None, or [T] ([B, S] with such K), bool or integer; rows where it is 0 are not read into the sums, so NaN
         in padding does no harm. L matrices share one mask.
-    precision: what is taken of fp32 keys. "default": on a CPU with AMX their first 16 bits, all four products of two
-        bf16 planes: the second moment of keys that differ from yours by 2^-18 at most, still positive semidefinite,
-        2e-6 from the exact one. "exact": all 24 bits (six products of three planes). Elsewhere both are exact, as
-        is every product of bf16 and fp16 keys.
+    precision: what is taken of fp32 keys. "default": on a CPU with AMX, and in the Triton kernel of a GPU, their first
+        16 bits, all four products of two bf16 planes: the second moment of keys that differ from yours by 2^-18 at
+        most, still positive semidefinite, 2e-6 from the exact one. "exact": all 24 bits (six products of three
+        planes). Elsewhere both are exact, as is every product of bf16 and fp16 keys.
 
     Sums are fp32 over a flush of tokens and then C's dtype: 1024 tokens, with AMX 2048 (bf16) or 512 (other keys), in
-    chains of 128 terms at most. fp64 keys: fp64 throughout. With AMX numbers under 1.2e-38 count as 0.
+    chains of 128 terms at most; on a GPU 8192 tokens, in chains of 1024. fp64 keys: fp64 throughout. With AMX numbers
+    under 1.2e-38 count as 0.
     The bits of the result depend on the machine's instruction set, not on the number of threads or the run.
     Gradients do not flow through K. Raises ValueError naming the argument for a wrong dtype, shape or device.
 
@@ -282,9 +283,9 @@ def _slower_on_gpu(C: Tensor, K: Tensor) -> str | None:
 
 
 def _run_triton(
-    native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | None, precision: str
+    kernel: Callable[..., None], C: Tensor, K: Tensor, mask: Tensor | None, precision: str
 ) -> None:
-    native(C, K, mask)
+    kernel(C, K, mask, 6 if precision == "exact" else 4)
 
 
 def _run_cuda(native: Callable[..., Any], C: Tensor, K: Tensor, mask: Tensor | None, precision: str) -> None:

@@ -269,21 +269,18 @@ def test_threads_give_the_same_bits(native_cpu: None) -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             net = net_of(300, 3, 70, dtype=torch.float32)
-            leaf = net.layers[0].scale.requires_grad_()
             with fastedit.backend("cpu"):
-                out = both(lowrank_transform(X, D, net, stats, mode=mode))
-                results.append((out.detach(), torch.autograd.grad(out.square().sum(), leaf)[0]))
+                results.append(both(lowrank_transform(X, D, net, stats, mode=mode)))
     finally:
         torch.set_num_threads(before)
-    for other in results[1:]:
-        assert torch.equal(results[0][0], other[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_a_long_sum_keeps_its_digits(implementation: str) -> None:
-    """No worse than twice torch's own error over a depth of 3000, on rows whose scales differ by six decades."""
+    """No worse than twice torch's own error over a depth of 4000, on rows whose scales differ by six decades."""
     generator = torch.Generator().manual_seed(0)
-    X, D = torch.randn(20, 2000, generator=generator), 1e-6 * torch.randn(20, 1000, generator=generator)
-    net = net_of(3000, 1, 40, layers=1, dtype=torch.float32)
+    X, D = torch.randn(20, 2500, generator=generator), 1e-6 * torch.randn(20, 1500, generator=generator)
+    net = net_of(4000, 1, 40, layers=1, dtype=torch.float32)
     exact = twin(X, D, net, None, None)
     with fastedit.backend("eager"):
         plain = both(lowrank_transform(X, D, net, None))
