@@ -46,10 +46,12 @@ def delta_step_case(shape: str, E: int, d: int) -> Case:
         tolerance=1e-6,
         flops=15.0 * E * d,
         bytes=28.0 * E * d,
+        goal=3.0,
     )
 
 
-CPU = [delta_step_case(name, E, MODELS[name].width) for name in ("gpt2", "gptj-6b") for E in (1, 64)]
+CPU = [delta_step_case(name, E, MODELS[name].width) for name in ("gpt2-xl", "gptj-6b") for E in (1, 64)]
+CPU.append(delta_step_case("gptj-6b key", 8, MODELS["gptj-6b"].key))
 GPU = [delta_step_case(name, E, MODELS[name].width) for name in ("gpt2-xl", "gptj-6b") for E in (64, 1024)]
 
-test_cpu, test_gpu = op_benches(CPU, GPU)
+test_cpu, test_gpu = op_benches(CPU, GPU, native=["cpu"], device=["triton"])

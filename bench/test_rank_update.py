@@ -52,6 +52,7 @@ def rank_update_case(
         tolerance=1e-2,
         flops=2.0 * rows * columns * rank,
         bytes=2.0 * rows * columns * weight.itemsize + (rows + columns) * rank * factor.itemsize,
+        goal=3.0 if weight == torch.bfloat16 else None,
     )
 
 
@@ -71,7 +72,12 @@ def cases(names: dict[str, tuple[int, int]], ranks: tuple[int, ...]) -> list[Cas
 
 
 XL = MODELS["gpt2-xl"]
+GPTJ = MODELS["gptj-6b"]
 CPU = cases({"gpt2-xl": (XL.width, XL.key)}, (1, 8, 100))
+CPU += [
+    rank_update_case("gptj-6b", GPTJ.width, GPTJ.key, rank, torch.bfloat16, torch.float32)
+    for rank in (1, 8, 64, 100)
+]
 GPU = cases({name: (model.width, model.key) for name, model in MODELS.items()}, (1, 8, 100, 1000))
 
 test_cpu, test_gpu = op_benches(CPU, GPU, native=["cpu"], device=["triton", "cuda"])

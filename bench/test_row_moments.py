@@ -47,7 +47,7 @@ def row_moments_case(shape: str, n: int, d_x: int, d_d: int, dtype: torch.dtype)
         tolerance=1e-5,
         flops=5.0 * n * (d_x + d_d),
         bytes=float(n * (d_x + d_d) * dtype.itemsize),
-        goal=10.0,
+        goal=3.0,
     )
 
 

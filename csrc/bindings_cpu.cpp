@@ -10,10 +10,13 @@
 #include <vector>
 
 #include "cpu/branch_attention.h"
+#include "cpu/delta_step.h"
 #include "cpu/isa.h"
 #include "cpu/kth_magnitude.h"
+#include "cpu/lowrank_transform.h"
 #include "cpu/nearest_key.h"
 #include "cpu/rank_update.h"
+#include "cpu/row_moments.h"
 #include "cpu/second_moment.h"
 #include "cpu/target_loss_amx.h"
 
@@ -23,6 +26,7 @@ using fastedit::FactorType;
 using fastedit::KeyType;
 using fastedit::MagnitudeType;
 using fastedit::MasterType;
+using fastedit::RowType;
 using fastedit::WeightType;
 
 namespace {
@@ -130,6 +134,93 @@ void branch_attention_backward(const std::vector<Rows>& inputs, const BranchInde
     fastedit::branch_attention_backward(args);
 }
 
+// A matrix of unit column stride: address, type, row stride, columns.
+using Matrix = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t>;
+
+fastedit::RowMatrix matrix_of(const Matrix& matrix) {
+    const auto& [address, type, stride, width] = matrix;
+    return {pointer<const void>(address), static_cast<RowType>(type), stride, width};
+}
+
+// V, its row stride, U, its row stride, rank, bias, scale, shift, a copy of the input or 0, a, hidden, its
+// row stride
+using Layer =
+    std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, std::uintptr_t,
+               std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t>;
+
+void lowrank_transform(const Matrix& x, const Matrix& d, std::uintptr_t mean, std::uintptr_t deviation,
+                       std::uintptr_t mode, std::uintptr_t z, std::int64_t n,
+                       const std::vector<Layer>& layers, bool clamp_first, int threads) {
+    py::gil_scoped_release release;
+    std::vector<fastedit::LowrankLayer> each;
+    for (const auto& [V, V_stride, U, U_stride, rank, bias, scale, shift, input, a, hidden, hidden_stride] :
+         layers)
+        each.push_back({pointer<const float>(V), pointer<const float>(U), pointer<const float>(bias),
+                        pointer<const float>(scale), pointer<const float>(shift), V_stride, U_stride, rank,
+                        pointer<float>(input), pointer<float>(a), pointer<float>(hidden), hidden_stride});
+    const fastedit::NormaliseArgs start{{matrix_of(x), matrix_of(d)},
+                                        pointer<const float>(mean),
+                                        pointer<const float>(deviation),
+                                        pointer<const std::int64_t>(mode),
+                                        pointer<float>(z)};
+    fastedit::lowrank_transform({start, each.data(), static_cast<std::int64_t>(each.size()), n,
+                                 start.parts[0].width + start.parts[1].width, clamp_first, threads});
+}
+
+void lowrank_residual_backward(std::uintptr_t dz, std::uintptr_t a, std::uintptr_t scale,
+                               std::uintptr_t shift, std::uintptr_t mode, std::uintptr_t da,
+                               std::uintptr_t dbias, std::uintptr_t dscale, std::uintptr_t dshift,
+                               std::int64_t n, std::int64_t d, std::int64_t modules, bool clamp_first,
+                               int threads) {
+    py::gil_scoped_release release;
+    fastedit::lowrank_residual_backward({pointer<const float>(dz), pointer<const float>(a),
+                                         pointer<const float>(scale), pointer<const float>(shift),
+                                         pointer<const std::int64_t>(mode), pointer<float>(da),
+                                         pointer<float>(dbias), pointer<float>(dscale),
+                                         pointer<float>(dshift), n, d, modules, clamp_first, threads});
+}
+
+// Count, mean and m2 of a state, with the strides of the last two, or of its trail, which has none.
+using Moments = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;
+
+void row_moments(const Matrix& x, const Matrix& d, std::uintptr_t mask,
+                 const std::vector<std::int64_t>& batches, bool inflated, const Moments& state,
+                 const Moments& trail, bool float64, int threads) {
+    py::gil_scoped_release release;
+    const auto& [count, mean, m2, mean_stride, m2_stride] = state;
+    const auto& [counts, means, m2s, unused, unused2] = trail;
+    fastedit::row_moments({{matrix_of(x), matrix_of(d)},
+                           pointer<const std::uint8_t>(mask),
+                           batches.data(),
+                           static_cast<std::int64_t>(batches.size()),
+                           inflated,
+                           pointer<std::int64_t>(count),
+                           pointer<void>(mean),
+                           pointer<void>(m2),
+                           mean_stride,
+                           m2_stride,
+                           float64,
+                           pointer<std::int64_t>(counts),
+                           pointer<void>(means),
+                           pointer<void>(m2s),
+                           threads});
+}
+
+// Address and row stride of a float32 matrix of unit column stride.
+using Rows32 = std::tuple<std::uintptr_t, std::int64_t>;
+
+void delta_step(const Rows32& delta, const Matrix& grad, const Rows32& exp_avg, const Rows32& exp_avg_sq,
+                std::uintptr_t step, std::uintptr_t init_norm, std::uintptr_t active, std::int64_t rows,
+                const std::vector<double>& rates, int threads) {
+    py::gil_scoped_release release;
+    fastedit::delta_step({pointer<float>(std::get<0>(delta)), std::get<1>(delta), matrix_of(grad),
+                          pointer<float>(std::get<0>(exp_avg)), std::get<1>(exp_avg),
+                          pointer<float>(std::get<0>(exp_avg_sq)), std::get<1>(exp_avg_sq),
+                          pointer<std::int64_t>(step), pointer<const float>(init_norm),
+                          pointer<const std::uint8_t>(active), rows, rates.at(0), rates.at(1), rates.at(2),
+                          rates.at(3), rates.at(4), rates.at(5), threads});
+}
+
 void kth_magnitude(std::uintptr_t x, int type, std::int64_t n, std::int64_t k, std::uintptr_t out,
                    int threads) {
     py::gil_scoped_release release;
@@ -212,6 +303,18 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("info", &info, "The instruction-set level in use, those this machine can run, the compiler.");
     m.def("second_moment", &second_moment, py::arg("layers"), py::arg("key_type"), py::arg("master_type"),
           py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("exact"), py::arg("threads"));
+    m.def("delta_step", &delta_step, py::arg("delta"), py::arg("grad"), py::arg("exp_avg"),
+          py::arg("exp_avg_sq"), py::arg("step"), py::arg("init_norm"), py::arg("active"), py::arg("rows"),
+          py::arg("rates"), py::arg("threads"));
+    m.def("row_moments", &row_moments, py::arg("x"), py::arg("d"), py::arg("mask"), py::arg("batches"),
+          py::arg("inflated"), py::arg("state"), py::arg("trail"), py::arg("float64"), py::arg("threads"));
+    m.def("lowrank_residual_backward", &lowrank_residual_backward, py::arg("dz"), py::arg("a"),
+          py::arg("scale"), py::arg("shift"), py::arg("mode"), py::arg("da"), py::arg("dbias"),
+          py::arg("dscale"), py::arg("dshift"), py::arg("n"), py::arg("d"), py::arg("modules"),
+          py::arg("clamp_first"), py::arg("threads"));
+    m.def("lowrank_transform", &lowrank_transform, py::arg("x"), py::arg("d"), py::arg("mean"),
+          py::arg("deviation"), py::arg("mode"), py::arg("z"), py::arg("n"), py::arg("layers"),
+          py::arg("clamp_first"), py::arg("threads"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),
           py::arg("left"), py::arg("left_row_stride"), py::arg("left_rank_stride"), py::arg("right"),
           py::arg("right_rank_stride"), py::arg("right_column_stride"), py::arg("factor_type"),

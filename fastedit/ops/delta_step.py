@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -155,6 +158,54 @@ def _fake(
     return None
 
 
+_ROW_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/row_matrix.h: RowType
+
+
+def _run_cpu(
+    native: Callable[..., Any],
+    delta: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    init_norm: Tensor,
+    active: Tensor,
+    *rates: float,
+) -> None:
+    # What the kernel reads must live until it returns.
+    grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    radius, on = init_norm.to(torch.float32).contiguous(), active.contiguous()
+    native(
+        delta=(delta.data_ptr(), delta.stride(0)),
+        grad=(grad.data_ptr(), _ROW_CODES[grad.dtype], grad.stride(0), grad.shape[1]),
+        exp_avg=(exp_avg.data_ptr(), exp_avg.stride(0)),
+        exp_avg_sq=(exp_avg_sq.data_ptr(), exp_avg_sq.stride(0)),
+        step=step.data_ptr(),
+        init_norm=radius.data_ptr(),
+        active=on.data_ptr(),
+        rows=delta.shape[0],
+        rates=list(rates),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _refuse_cpu(
+    delta: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *_rest: Any
+) -> str | None:
+    if delta.dtype != torch.float32:
+        return f"the kernel computes in float32, delta is {delta.dtype}"
+    if grad.dtype not in _ROW_CODES:
+        return f"grad must be float32, bfloat16 or float16, got {grad.dtype}"
+    for name, tensor in (("delta", delta), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if tensor.stride(1) != 1 and tensor.shape[1] > 1:
+            return f"{name} must have unit stride along a row, got strides {list(tensor.stride())}"
+        if tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
+            return f"the rows of {name} must not overlap, got strides {list(tensor.stride())}"
+    if not step.is_contiguous():
+        return f"step must be contiguous, got stride {step.stride(0)}"
+    return None
+
+
 def _bind(
     delta: Tensor,
     grad: Tensor,
@@ -191,6 +242,9 @@ _op = define_op(
     "Tensor active, float lr, float weight_decay, float clamp, float beta1, float beta2, float eps) -> ()",
     _fake,
     _eager,
-    [Impl("triton", "cuda", "fastedit.kernels.delta_step:delta_step_", _refuse_triton)],
+    [
+        Impl("triton", "cuda", "fastedit.kernels.delta_step:delta_step_", _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:delta_step", _refuse_cpu, _run_cpu),
+    ],
     bind=_bind,
 )

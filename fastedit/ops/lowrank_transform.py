@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import Impl, _forced, backend, define_op
+from fastedit.ops._dispatch import Impl, Slower, _forced, backend, define_op
 
 __all__ = ["LowRankLayer", "LowRankNet", "lowrank_transform"]
 
@@ -229,51 +229,202 @@ def _fake(
     return z, Z, A, H
 
 
+# csrc/cpu/lowrank_transform.h: RowType
+_ROW_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _run_cpu(
+    native: Callable[..., Any],
+    X: Tensor,
+    D: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    V: Sequence[Tensor],
+    U: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    mode: Tensor | None,
+    eps: float,
+    clamp_first: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z, Z, A, H = _fake(X, D, mean, std, V, U, bias, scale, shift, mode, eps, clamp_first, with_grad)
+    n, d = z.shape
+    hidden = H if with_grad else z.new_empty(n, max((v.shape[0] for v in V), default=0))
+    a = A if with_grad else z.new_empty(1, n, d)
+    kept: list[Tensor] = []  # what the kernel reads must live until it returns
+
+    def address(tensor: Tensor) -> int:
+        kept.append(tensor.contiguous())
+        return kept[-1].data_ptr()
+
+    def matrix(tensor: Tensor) -> tuple[int, int]:
+        """Address and row stride of a matrix whose rows are runs of memory."""
+        kept.append(tensor if tensor.stride(1) == 1 else tensor.contiguous())
+        return kept[-1].data_ptr(), kept[-1].stride(0)
+
+    layers, column = [], 0
+    for index, (v, u) in enumerate(zip(V, U)):
+        rank = v.shape[0]
+        tables = [address(table[index]) for table in (bias, scale, shift)]
+        copy, of = (Z[index].data_ptr(), a[index]) if with_grad else (0, a[0])
+        out = (copy, of.data_ptr(), hidden[:, column:].data_ptr(), hidden.stride(0))
+        layers.append((*matrix(v), *matrix(u), rank, *tables, *out))
+        column += rank if with_grad else 0
+    parts = []
+    for part in (X, D):
+        start, stride = matrix(part)
+        parts.append((start, _ROW_CODES[part.dtype], stride, part.shape[1]))
+    moments = [0, 0]
+    # The kernel takes row mode[i] of every table: a mean for all is repeated where there is more than one module.
+    modules = scale[0].shape[0] if len(scale) else 1 if mean is None else mean.shape[0]
+    if mean is not None and std is not None:
+        tables32 = (mean.to(torch.float32), std.to(torch.float32) + eps)
+        moments = [address(table.expand(modules, d)) for table in tables32]
+    native(
+        *parts,
+        *moments,
+        mode=0 if mode is None or modules == 1 else address(mode),
+        z=z.data_ptr(),
+        n=n,
+        layers=layers,
+        clamp_first=clamp_first,
+        threads=torch.get_num_threads(),
+    )
+    return z, Z, A, H
+
+
+def _refuse_cpu(
+    X: Tensor,
+    D: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    V: Sequence[Tensor],
+    U: Sequence[Tensor],
+    *_rest: Any,
+) -> str | None:
+    dtype = _dtype(X, D, V)
+    if dtype != torch.float32:
+        return f"the kernel computes in float32, the net is {dtype}"
+    for name, part in (("X", X), ("D", D)):
+        if part.dtype not in _ROW_CODES:
+            return f"{name} must be float32, bfloat16 or float16, got {part.dtype}"
+    if len(V) == 0:
+        return None
+    if any(part.stride(1) != 1 for part in (*V, *U)):
+        return Slower("V or U is stored transposed: torch's product takes it as it lies")
+    from fastedit import _cpu  # it is there: a missing module is refused before
+
+    if _cpu.info()["isa"] != "amx":
+        return Slower("without AMX tiles torch's products are at the limit of the machine")
+    return None
+
+
+_Lists: TypeAlias = Sequence[Tensor]
+_Gradients: TypeAlias = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+# (dz, a, scale, shift, mode, clamp_first, dbias, dscale, dshift) -> da: the way back through a layer's last step.
+_Residual: TypeAlias = Callable[..., Tensor]
+
+
 def _eager_backward(
     grad: Tensor,
     Z: Tensor,
     A: Tensor,
     H: Tensor,
     std: Tensor | None,
-    V: Sequence[Tensor],
-    U: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    shift: Sequence[Tensor],
+    V: _Lists,
+    U: _Lists,
+    scale: _Lists,
+    shift: _Lists,
     mode: Tensor | None,
     eps: float,
     clamp_first: bool,
     need_rows: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    *,
+    residual: _Residual | None = None,
+) -> _Gradients:
     """Gradients in the rows [x | d] (empty unless need_rows), then per layer in V, U, bias, scale and shift."""
-    rows, *lists = _fake_backward(grad, Z, A, H, std, V, U, scale, shift, mode, eps, clamp_first, need_rows)
-    dV, dU, dbias, dscale, dshift = lists
-    dz = grad.clone()
+    found = _fake_backward(grad, Z, A, H, std, V, U, scale, shift, mode, eps, clamp_first, need_rows)
+    rows, dV, dU, dbias, dscale, dshift = found
+    dz = grad.clone(memory_format=torch.contiguous_format)
     column = H.shape[1]
     for index in reversed(range(len(V))):
-        v, u, z, a = V[index], U[index], Z[index], A[index]
-        column -= v.shape[0]
-        hidden = H[:, column : column + v.shape[0]]
-        s = _of_mode(scale[index], mode)
-        if clamp_first:
-            # where, not a product with the mask: a NaN that the clamp cut off must not come back.
-            on = a >= 0
-            _sum_by_mode(dscale[index], dz * a.clamp(min=0), mode)
-            _sum_by_mode(dshift[index], dz, mode)
-            da = torch.where(on, dz * s, 0.0)
-        else:
-            dq = torch.where(a * s + _of_mode(shift[index], mode) >= 0, dz, 0.0)
-            _sum_by_mode(dscale[index], torch.where(dq == 0, 0.0, dq * a), mode)
-            _sum_by_mode(dshift[index], dq, mode)
-            da = dq * s
-        torch.sum(da, 0, out=dbias[index])
+        column -= V[index].shape[0]
+        hidden = H[:, column : column + V[index].shape[0]]
+        tables = (scale[index], shift[index], mode, clamp_first, dbias[index], dscale[index], dshift[index])
+        da = (residual or _residual_backward)(dz, A[index], *tables)
         torch.mm(da.mT, hidden, out=dU[index])
-        dh = da @ u
-        torch.mm(dh.mT, z, out=dV[index])
+        dh = da @ U[index]
+        torch.mm(dh.mT, Z[index], out=dV[index])
         if index or need_rows:
-            dz.addmm_(dh, v)
+            dz.addmm_(dh, V[index])
     if need_rows:
         rows.copy_(dz if std is None else dz / _of_mode(std.to(dz.dtype) + eps, mode))
-    return rows, dV, dU, dbias, dscale, dshift
+    return found
+
+
+def _residual_backward(
+    dz: Tensor,
+    a: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mode: Tensor | None,
+    clamp_first: bool,
+    dbias: Tensor,
+    dscale: Tensor,
+    dshift: Tensor,
+) -> Tensor:
+    """da [n, d], and dbias [d], dscale and dshift [L, d] filled."""
+    s = _of_mode(scale, mode)
+    # where, not a product with the mask: a NaN that the clamp cut off must not come back.
+    if clamp_first:
+        _sum_by_mode(dscale, dz * a.clamp(min=0), mode)
+        _sum_by_mode(dshift, dz, mode)
+        da = torch.where(a >= 0, dz * s, 0.0)
+    else:
+        dq = torch.where(a * s + _of_mode(shift, mode) >= 0, dz, 0.0)
+        _sum_by_mode(dscale, torch.where(dq == 0, 0.0, dq * a), mode)
+        _sum_by_mode(dshift, dq, mode)
+        da = dq * s
+    torch.sum(da, 0, out=dbias)
+    return da
+
+
+def _run_cpu_backward(native: Callable[..., Any], *args: Any) -> _Gradients:
+    """The products stay torch's; the pass over the rows between them is one."""
+
+    def residual(
+        dz: Tensor,
+        a: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        mode: Tensor | None,
+        clamp_first: bool,
+        dbias: Tensor,
+        dscale: Tensor,
+        dshift: Tensor,
+    ) -> Tensor:
+        da, of = torch.empty_like(dz), None if mode is None else mode.contiguous()
+        scale, shift, a = scale.contiguous(), shift.contiguous(), a.contiguous()
+        tensors = {"dz": dz, "a": a, "scale": scale, "shift": shift, "da": da}
+        tensors |= {"dbias": dbias, "dscale": dscale, "dshift": dshift}
+        native(
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+            mode=0 if of is None else of.data_ptr(),
+            n=dz.shape[0],
+            d=dz.shape[1],
+            modules=scale.shape[0],
+            clamp_first=clamp_first,
+            threads=torch.get_num_threads(),
+        )
+        return da
+
+    return _eager_backward(*args, residual=residual)
+
+
+def _refuse_cpu_backward(grad: Tensor, *_rest: Any) -> str | None:
+    return None if grad.dtype == torch.float32 else f"the kernel computes in float32, the net is {grad.dtype}"
 
 
 def _sum_by_mode(out: Tensor, rows: Tensor, mode: Tensor | None) -> None:
@@ -299,7 +450,7 @@ def _fake_backward(
     eps: float,
     clamp_first: bool,
     need_rows: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+) -> _Gradients:
     new = grad.new_empty
     return (
         new(grad.shape if need_rows else (0, grad.shape[1])),
@@ -353,7 +504,12 @@ _backward_op = define_op(
     "float eps, bool clamp_first, bool need_rows) -> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
     _fake_backward,
     _eager_backward,
-    [Impl("triton", "cuda", f"{_KERNELS}_backward", _refuse_triton)],
+    [
+        Impl("triton", "cuda", f"{_KERNELS}_backward", _refuse_triton),
+        Impl(
+            "cpu", "cpu", "fastedit._cpu:lowrank_residual_backward", _refuse_cpu_backward, _run_cpu_backward
+        ),
+    ],
 )
 _op = define_op(
     "lowrank_transform",
@@ -361,7 +517,10 @@ _op = define_op(
     "Tensor? mode, float eps, bool clamp_first, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     _eager,
-    [Impl("triton", "cuda", _KERNELS, _refuse_triton)],
+    [
+        Impl("triton", "cuda", _KERNELS, _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:lowrank_transform", _refuse_cpu, _run_cpu),
+    ],
     autograd=(_backward, _setup),
     bind=_arguments,
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,6 +210,49 @@ def _fake(
     return count.new_empty(shape[:1]), mean.new_empty(shape), m2.new_empty(shape)
 
 
+# csrc/cpu/row_matrix.h: RowType
+_ROW_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def _run_cpu(
+    native: Callable[..., Any],
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    X: Tensor,
+    D: Tensor | None,
+    mask: Tensor | None,
+    batches: Sequence[int],
+    inflated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    trail = _fake(count, mean, m2, X, D, mask, batches, inflated)
+    # What the kernel reads must live until it returns; rows that are not runs of memory are copied into such.
+    parts = [part if part.stride(1) == 1 else part.contiguous() for part in (X, X[:, :0] if D is None else D)]
+    rows = [(part.data_ptr(), _ROW_CODES[part.dtype], part.stride(0), part.shape[1]) for part in parts]
+    on = None if mask is None else mask.contiguous()
+    pointers = [tensor.data_ptr() for tensor in (count, mean, m2)]
+    native(
+        *rows,
+        mask=0 if on is None else on.data_ptr(),
+        batches=list(batches),
+        inflated=inflated,
+        state=(*pointers, mean.stride(0), m2.stride(0)),
+        trail=(*(tensor.data_ptr() for tensor in trail), 1, 1),
+        float64=mean.dtype == torch.float64,
+        threads=torch.get_num_threads(),
+    )
+    return trail
+
+
+def _refuse_cpu(
+    count: Tensor, mean: Tensor, m2: Tensor, X: Tensor, D: Tensor | None, *_rest: Any
+) -> str | None:
+    for name, part in (("X", X), ("D", D)):
+        if part is not None and part.dtype not in _ROW_CODES:
+            return f"{name} must be float64, float32, bfloat16 or float16, got {part.dtype}"
+    return None
+
+
 def _bind(
     state: RowMoments,
     X: Tensor,
@@ -243,6 +287,9 @@ _op = define_op(
     "bool inflated) -> (Tensor, Tensor, Tensor)",
     _fake,
     _eager,
-    [Impl("triton", "cuda", "fastedit.kernels.row_moments:row_moments_", _refuse_triton)],
+    [
+        Impl("triton", "cuda", "fastedit.kernels.row_moments:row_moments_", _refuse_triton),
+        Impl("cpu", "cpu", "fastedit._cpu:row_moments", _refuse_cpu, _run_cpu),
+    ],
     bind=_bind,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from hypothesis import strategies as st
 from reference.delta_step import delta_step_ as reference
 from torch import Tensor
 
+import fastedit
 from fastedit.ops import delta_step_
 from fastedit.ops.delta_step import _op
 
+CHECKED = [(torch.float64, 1e-12, "eager"), (torch.float32, 2e-6, "eager")]
+if importlib.util.find_spec("fastedit._cpu"):
+    CHECKED.append((torch.float32, 2e-6, "cpu"))
 RATES: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.5, "clamp": 0.75}
 
 
@@ -44,11 +49,12 @@ def copies(state: list[Tensor]) -> list[Tensor]:
     decay=st.sampled_from([0.0, 1e-3, 0.5]),
 )
 def test_equals_adam_per_edit(seed: int, E: int, d: int, clamp: float, decay: float) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+    for dtype, tolerance, name in CHECKED:
         ours = problem(E, d, dtype, seed)
         theirs = copies(ours)
         for _ in range(3):
-            delta_step_(*ours, lr=0.5, weight_decay=decay, clamp=clamp)
+            with fastedit.backend(name):
+                delta_step_(*ours, lr=0.5, weight_decay=decay, clamp=clamp)
             reference(*theirs, lr=0.5, weight_decay=decay, clamp=clamp)
         for found, expected in zip(ours, theirs):
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -70,6 +76,51 @@ def test_a_whole_trajectory() -> None:
     assert ours[4].tolist() == [11, 16, 21, 25, 25, 25]
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-11, atol=1e-12)
     assert (ours[0].norm(dim=1) <= 0.75 * 2.0 * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("E", "d"), [(1, 1), (3, 63), (7, 1000), (0, 5), (2, 0), (5, 17)])
+def test_every_level(implementation: str, E: int, d: int, grad: torch.dtype) -> None:
+    ours = problem(E, d, torch.float32)
+    ours[1] = ours[1].to(grad)
+    ours[1][~ours[6]] = float("nan")
+    theirs = [t.double() if t.is_floating_point() else t.clone() for t in ours]
+    for _ in range(2):
+        with fastedit.backend(implementation):
+            delta_step_(*ours, **RATES)
+        reference(*theirs, **RATES)
+    for index, (found, expected) in enumerate(zip(ours, theirs)):
+        if index != 1:
+            torch.testing.assert_close(found.to(expected.dtype), expected, rtol=5e-6, atol=5e-6)
+
+
+def test_layouts_of_the_kernel(cpu_level: str) -> None:
+    """Rows with gaps, misaligned pointers, other types of norm; what the kernel cannot take it refuses by name."""
+    state = problem(4, 37, torch.float32)
+    expected = copies(state)
+    with fastedit.backend("eager"):
+        delta_step_(*expected, **RATES)
+    given = []
+    for tensor in state[:4]:
+        wide = torch.full((4, 50), 7.0)
+        wide[:, 3:40] = tensor
+        given.append(wide[:, 3:40])
+    given += [state[4].clone(), state[5].double(), state[6].repeat_interleave(2)[::2]]
+    with fastedit.backend("cpu"):
+        delta_step_(*given, **RATES)
+    for found, want in zip(given, expected):
+        torch.testing.assert_close(found.to(want.dtype), want, rtol=2e-6, atol=2e-6)
+    assert all(part._base[:, :3].eq(7).all() and part._base[:, 40:].eq(7).all() for part in given[:4])
+    refusals = {
+        "delta is torch.float64": problem(4, 37, torch.float64),
+        "exp_avg must have unit stride": [*state[:2], torch.zeros(37, 4).T, *state[3:]],
+        "the rows of delta must not overlap": [torch.zeros(1, 37).expand(4, 37), *state[1:]],
+        "step must be contiguous": [*state[:4], torch.zeros(8).long()[::2], *state[5:]],
+        "grad must be float32": [state[0], state[1].double(), *state[2:]],
+    }
+    for message, case in refusals.items():
+        with fastedit.backend("cpu"), pytest.raises(RuntimeError, match=message):
+            delta_step_(*case, **RATES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -14,9 +14,8 @@ import fastedit
 from fastedit.ops import LowRankLayer, LowRankNet, RowMoments, row_moments_
 from fastedit.ops.lowrank_transform import _arguments, _backward_op, _op, lowrank_transform
 
-BACKENDS = ["eager"]
 # n, d_x, d_d, modules, rank
-SHAPES = [(1, 1, 1, 1, 1), (5, 33, 17, 2, 7), (63, 40, 24, 6, 63), (3, 64, 1000, 3, 9), (70, 96, 32, 1, 48)]
+SHAPES = [(1, 1, 1, 1, 1), (5, 33, 17, 2, 7), (63, 40, 24, 6, 63), (3, 64, 1000, 3, 9), (70, 96, 32, 1, 300)]
 PARTS = ("V", "U", "bias", "scale", "shift")
 
 
@@ -78,6 +77,15 @@ def both(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.double() for part in parts], 1)
 
 
+def refused(implementation: str, dtype: torch.dtype, *args: Any, **kwargs: Any) -> bool:
+    """Whether the implementation leaves this type to the eager default, and says so."""
+    if implementation == "eager" or dtype != torch.float64:
+        return False
+    with fastedit.backend(implementation), pytest.raises(RuntimeError, match="float32"):
+        lowrank_transform(*args, **kwargs)
+    return True
+
+
 def check(found: Tensor, exact: Tensor, tolerance: float) -> None:
     """Column by column relative to the largest number of the row: d is four orders below x."""
     assert found.shape == exact.shape and not found.isnan().any()
@@ -88,29 +96,31 @@ def check(found: Tensor, exact: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("clamp_first", [False, True], ids=["mend", "malmen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_the_published_networks(
-    backend: str, shape: tuple[int, ...], dtype: torch.dtype, clamp_first: bool
+    implementation: str, shape: tuple[int, ...], dtype: torch.dtype, clamp_first: bool
 ) -> None:
     n, d_x, d_d, modules, rank = shape
     X, D, stats, mode = problem(n, d_x, d_d, modules, dtype)
     net = net_of(d_x + d_d, modules, rank, clamp_first=clamp_first, dtype=dtype)
+    if refused(implementation, dtype, X, D, net, stats, mode=mode):
+        return
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for given in (stats, (stats[0][0], stats[1][0]), None):
-        with fastedit.backend(backend):
+        with fastedit.backend(implementation):
             found = lowrank_transform(X, D, net, given, mode=mode)
         assert [part.shape[1] for part in found] == [d_x, d_d] and found[0].dtype == dtype
         check(both(found), twin(X, D, net, given, mode), tolerance)
 
 
 @pytest.mark.parametrize("rows", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_any_type(backend: str, rows: torch.dtype) -> None:
+def test_rows_of_any_type(implementation: str, rows: torch.dtype) -> None:
     X, D, _, mode = problem(9, 20, 13, 2, torch.float64)
     X, D = X.to(rows), (1e4 * D).to(rows)
     stats = (torch.zeros(33), torch.ones(33))
     net = net_of(33, 2, 5, dtype=torch.float32)
-    with fastedit.backend(backend):
+    if refused(implementation, rows, X, D, net, stats, mode=mode):
+        return
+    with fastedit.backend(implementation):
         found = lowrank_transform(X, D, net, stats, mode=mode)
         mixed = lowrank_transform(X.float(), D, net, stats, mode=mode)
     assert found[0].dtype == found[1].dtype == torch.float32
@@ -118,13 +128,14 @@ def test_rows_of_any_type(backend: str, rows: torch.dtype) -> None:
     assert torch.equal(both(found), both(mixed))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_group_equals_mend_module_by_module(backend: str) -> None:
+def test_one_group_equals_mend_module_by_module(implementation: str) -> None:
     """Training: each module's rows enter the statistics before they are normalised, after those of earlier modules."""
     sizes, d_x, d_d = [4, 9, 6], 21, 12
-    net = net_of(d_x + d_d, 3, 8, dtype=torch.float64)
-    layers = [Layer(*(getattr(layer, name) for name in PARTS)) for layer in net.layers]
-    X, D, _, _ = problem(19, d_x, d_d, 1, torch.float64)
+    dtype = torch.float64 if implementation == "eager" else torch.float32
+    net = net_of(d_x + d_d, 3, 8, dtype=dtype)
+    layers = [Layer(*(getattr(layer, name).double() for name in PARTS)) for layer in net.layers]
+    X, D, _, _ = problem(19, d_x, d_d, 1, dtype)
+    D = 1e4 * D
     zeros = [torch.zeros(width).double() for width in (d_x, d_x, d_d, d_d)]
     statistics, state = Statistics(0, *zeros), RowMoments.zeros(d_x + d_d)
     expected = [
@@ -132,15 +143,16 @@ def test_one_group_equals_mend_module_by_module(backend: str) -> None:
         for module, (x, d) in enumerate(zip(X.split(sizes), D.split(sizes)))
     ]
     mode = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
-    with fastedit.backend(backend):
-        trail = row_moments_(state, X, D, batches=sizes)
+    trail = row_moments_(state, X, D, batches=sizes)
+    with fastedit.backend(implementation):
         found = lowrank_transform(X, D, net, (trail.mean, trail.std()), mode=mode)
-    check(both(found), torch.cat([both(parts) for parts in expected]), 1e-11)
+    check(
+        both(found), torch.cat([both(parts) for parts in expected]), 1e-11 if dtype == torch.float64 else 1e-5
+    )
 
 
 @pytest.mark.parametrize("clamp_first", [False, True], ids=["mend", "malmen"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradcheck(backend: str, clamp_first: bool) -> None:
+def test_gradcheck(clamp_first: bool) -> None:
     X, D, stats, mode = problem(5, 4, 3, 2, torch.float64)
     D = 1e4 * D
     stats = (stats[0], stats[1].clamp(min=0.5))
@@ -151,19 +163,20 @@ def test_gradcheck(backend: str, clamp_first: bool) -> None:
         layers = [LowRankLayer(*leaves[i : i + 5]) for i in range(0, len(leaves), 5)]
         return lowrank_transform(X, D, LowRankNet(layers, clamp_first), stats, mode=mode)
 
-    with fastedit.backend(backend):
+    with fastedit.backend("eager"):
         assert torch.autograd.gradcheck(run, (X.requires_grad_(), D.requires_grad_(), *leaves))
 
 
 @pytest.mark.parametrize("clamp_first", [False, True], ids=["mend", "malmen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_the_net(
-    backend: str, shape: tuple[int, ...], dtype: torch.dtype, clamp_first: bool
+    implementation: str, shape: tuple[int, ...], dtype: torch.dtype, clamp_first: bool
 ) -> None:
     n, d_x, d_d, modules, rank = shape
     X, D, stats, mode = problem(n, d_x, d_d, modules, dtype)
+    if implementation == "cpu" and dtype == torch.float64:
+        return  # refused, as test_equals_the_published_networks has it
     weight = torch.randn(n, d_x + d_d, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     gradients = []
     for exact in (False, True):
@@ -174,33 +187,31 @@ def test_gradients_of_the_net(
         if exact:
             out = twin(X, D, net, stats, mode)
         else:
-            with fastedit.backend(backend):
+            with fastedit.backend(implementation):
                 out = both(lowrank_transform(X, D, net, stats, mode=mode))
         gradients.append(torch.autograd.grad((out * weight).sum(), leaves))
     for found, expected in zip(*gradients):
         check(found, expected.double(), 1e-10 if dtype == torch.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_identity_at_the_start(backend: str) -> None:
+def test_the_identity_at_the_start(implementation: str) -> None:
     """U = 0, bias = 0, scale = 1, shift = 0: rows come back normalised, and U gets a gradient at the clamp's kink."""
     V, zero = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 9)
     U = torch.zeros(9, 4, requires_grad=True)
     net = LowRankNet([LowRankLayer(V, U, torch.zeros(9), torch.ones(1, 9), zero)])
     X, D = torch.randn(3, 5), torch.randn(3, 4)
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         found = lowrank_transform(X, D, net, None)
     assert torch.equal(found[0], X) and torch.equal(found[1], D)
     both(found).sum().backward()
     assert U.grad is not None and torch.isfinite(U.grad).all() and U.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_rows_and_no_layers(backend: str) -> None:
+def test_no_rows_and_no_layers(implementation: str) -> None:
     net = net_of(7, 2, 3, dtype=torch.float32)
     leaves = [layer.U.requires_grad_() for layer in net.layers]
     stats = (torch.zeros(7), torch.ones(7))
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         found = lowrank_transform(torch.empty(0, 4), torch.empty(0, 3), net, stats)
         assert [list(part.shape) for part in found] == [[0, 4], [0, 3]]
         for gradient in torch.autograd.grad(both(found).sum(), leaves):
@@ -208,26 +219,24 @@ def test_no_rows_and_no_layers(backend: str) -> None:
         X, D = torch.randn(5, 4), torch.randn(5, 3)
         only = lowrank_transform(X, D, LowRankNet([]), (torch.ones(7), torch.full((7,), 2.0)), eps=0.0)
         assert torch.equal(only[0], (X - 1) / 2) and torch.equal(only[1], (D - 1) / 2)
-        wide = lowrank_transform(X.double(), D, LowRankNet([]), None)
-        assert wide[1].dtype == torch.float64
+    wide = lowrank_transform(X.double(), D, LowRankNet([]), None)
+    assert wide[1].dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_stays_in_its_row(backend: str) -> None:
+def test_nan_stays_in_its_row(implementation: str) -> None:
     X, D, stats, mode = problem(6, 20, 9, 2, torch.float32)
     net = net_of(29, 2, 5, dtype=torch.float32)
     clean = both(lowrank_transform(X, D, net, stats, mode=mode))
     X = X.clone()
     X[2] = float("nan")
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         found = both(lowrank_transform(X, D, net, stats, mode=mode))
     assert found[2].isnan().any()
     rest = [0, 1, 3, 4, 5]
     check(found[rest], clean[rest], 2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts(backend: str) -> None:
+def test_layouts(implementation: str) -> None:
     """Odd strides, misaligned pointers, transposed weights: MALMEN keeps A = V^T and B = U^T."""
     X, D, stats, mode = problem(6, 20, 13, 3, torch.float32)
     net = net_of(33, 3, 7, dtype=torch.float32)
@@ -246,11 +255,38 @@ def test_layouts(backend: str) -> None:
 
     for change in (odd, strided, turned):
         layers = [LowRankLayer(*(change(getattr(layer, name)) for name in PARTS)) for layer in net.layers]
-        with fastedit.backend(backend):
+        with fastedit.backend(implementation):
             found = lowrank_transform(
                 change(X), change(D), LowRankNet(layers), (change(stats[0]), change(stats[1])), mode=mode
             )
         check(both(found), expected, 2e-6)
+
+
+def test_threads_give_the_same_bits(native_cpu: None) -> None:
+    X, D, stats, mode = problem(40, 200, 100, 3, torch.float32)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            net = net_of(300, 3, 70, dtype=torch.float32)
+            with fastedit.backend("cpu"):
+                results.append(both(lowrank_transform(X, D, net, stats, mode=mode)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_a_long_sum_keeps_its_digits(implementation: str) -> None:
+    """No worse than twice torch's own error over a depth of 4000, on rows whose scales differ by six decades."""
+    generator = torch.Generator().manual_seed(0)
+    X, D = torch.randn(20, 2500, generator=generator), 1e-6 * torch.randn(20, 1500, generator=generator)
+    net = net_of(4000, 1, 40, layers=1, dtype=torch.float32)
+    exact = twin(X, D, net, None, None)
+    with fastedit.backend("eager"):
+        plain = both(lowrank_transform(X, D, net, None))
+    with fastedit.backend(implementation):
+        found = both(lowrank_transform(X, D, net, None))
+    assert float((found - exact).norm()) <= 2 * float((plain - exact).norm())
 
 
 def test_inputs_are_left_alone_and_gradients_stop_where_none_is_asked() -> None:

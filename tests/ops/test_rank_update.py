@@ -363,45 +363,6 @@ def test_triton_in_the_interpreter() -> None:
     assert done.stdout.strip() == "ok"
 
 
-@needs_triton
-@pytest.mark.aot
-@pytest.mark.parametrize("wide", [False, True], ids=["fp32 sum", "fp64 sum"])
-@pytest.mark.parametrize("few", [True, False], ids=["few ranks", "many ranks"])
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_triton_compiles_without_spills(
-    arch: int, few: bool, wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    from aot import SHARED_LIMIT, compile_kernel
-
-    from fastedit.kernels.rank_update import CONFIGS, _rank_update_kernel
-
-    config = CONFIGS[few, wide]
-    factor = "*fp64" if wide else "*fp32"
-    pointers = ("weight", "left", "right")
-    sizes = ("rows", "columns", "rank", "weight_stride")
-    for aligned in (pointers, (*pointers, *sizes)):
-        found = compile_kernel(
-            _rank_update_kernel,
-            {
-                "weight": "*fp32" if wide else "*bf16",
-                "left": factor,
-                "right": factor,
-                "alpha": "fp32",
-                **dict.fromkeys(sizes, "i32"),
-            },
-            config.constexprs(wide),
-            arch=arch,
-            warps=config.warps,
-            stages=config.stages,
-            aligned=aligned,
-            directory=tmp_path,
-        )
-        assert (found.stack, found.spills) == (0, 0), found
-        assert found.shared <= SHARED_LIMIT[arch], found
-        assert few or found.tensor_core > 0, found
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("factor", FACTORS, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from fastedit.ops.row_moments import _op
 STATES = [torch.float64, torch.float32]
 ROWS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = 1.1920929e-07
-BACKENDS = ["eager"]
 
 
 def rows(n: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -27,6 +27,10 @@ def rows(n: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> T
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
     spread = 10.0 ** torch.empty(d).uniform_(-3, 1, generator=generator).double()
     return ((x + 3 * torch.randn(d, generator=generator, dtype=torch.float64)) * spread).to(dtype)
+
+
+def backends() -> list[str]:
+    return ["eager", "cpu"] if importlib.util.find_spec("fastedit._cpu") else ["eager"]
 
 
 def exact(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,23 +48,21 @@ def close(state: RowMoments, count: int, mean: Tensor, m2: Tensor, tolerance: fl
 @pytest.mark.parametrize("dtype", ROWS, ids=str)
 @pytest.mark.parametrize("state_dtype", STATES, ids=str)
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 63), (63, 17), (1000, 40), (5, 1000), (300, 1)])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_batch(backend: str, n: int, d: int, state_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def test_one_batch(implementation: str, n: int, d: int, state_dtype: torch.dtype, dtype: torch.dtype) -> None:
     state, x = RowMoments.zeros(d, dtype=state_dtype), rows(n, d, dtype)
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         trail = row_moments_(state, x)
     close(state, n, *exact(x), 1e-13 if state_dtype == torch.float64 else 1e-6)
     for kept, now in zip((trail.count, trail.mean, trail.m2), (state.count, state.mean, state.m2)):
         assert kept.shape == (1, *now.shape) and torch.equal(kept[0], now)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_mends_loop(backend: str) -> None:
+def test_equals_mends_loop(implementation: str) -> None:
     """Three modules after one another, each with a trail state that has seen itself and those before it."""
     for state_dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         state, x, sizes = RowMoments.zeros(41, dtype=state_dtype), rows(30, 41, state_dtype), [12, 1, 17]
         count, mean, m2 = 0, torch.zeros(41, dtype=state_dtype), torch.zeros(41, dtype=state_dtype)
-        with fastedit.backend(backend):
+        with fastedit.backend(implementation):
             trail = row_moments_(state, x[:, :29], x[:, 29:], batches=sizes)
         for index, part in enumerate(x.split(sizes)):
             count = welford_(count, mean, m2, part)
@@ -72,12 +74,11 @@ def test_equals_mends_loop(backend: str) -> None:
         assert torch.equal(trail.m2[2], state.m2) and int(state.count) == 30
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_malmens_normaliser(backend: str) -> None:
+def test_equals_malmens_normaliser(implementation: str) -> None:
     state, sizes = RowMoments.zeros(23), [2, 5, 30, 4]
     x = rows(41, 23)
     count, mean, m2 = 0, torch.zeros(23).double(), torch.zeros(23).double()
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         row_moments_(state, x, batches=sizes, inflated=True)
     for part in x.split(sizes):
         count, mean, m2 = malmen_normaliser(count, mean, m2, part)
@@ -86,11 +87,10 @@ def test_equals_malmens_normaliser(backend: str) -> None:
     assert (state.std(EPS) > x.std(0)).all()  # what the rule is named for
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_single_row_is_no_nan(backend: str) -> None:
+def test_a_single_row_is_no_nan(implementation: str) -> None:
     """The published normaliser is NaN for ever after a batch of one row; here its variance counts as 0."""
     state, x = RowMoments.zeros(5), rows(4, 5)
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         row_moments_(state, x[:1], inflated=True)
         assert torch.equal(state.mean, x[0]) and state.m2.eq(0).all()
         row_moments_(state, x[1:2], inflated=True)
@@ -116,8 +116,8 @@ def test_batches_masks_and_order(seed: int, d: int, sizes: list[int], masked: bo
         poisoned[~mask] = float("nan")
     cut = d // 2
     parts = (poisoned[:, :cut], poisoned[:, cut:]) if split else (poisoned,)
-    for backend in BACKENDS:
-        with fastedit.backend(backend):
+    for name in backends():
+        with fastedit.backend(name):
             state, turned = RowMoments.zeros(d), RowMoments.zeros(d)
             row_moments_(state, *parts, mask=mask, batches=sizes)
             row_moments_(turned, kept.flip(0))
@@ -128,10 +128,9 @@ def test_batches_masks_and_order(seed: int, d: int, sizes: list[int], masked: bo
             assert int(state.count) == 0 and state.m2.eq(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_add(backend: str) -> None:
+def test_nothing_to_add(implementation: str) -> None:
     state = RowMoments.zeros(4)
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         row_moments_(state, rows(6, 4))
         before = [t.clone() for t in (state.count, state.mean, state.m2)]
         for inflated in (False, True):
@@ -146,27 +145,24 @@ def test_nothing_to_add(backend: str) -> None:
     assert empty.count.tolist() == [5] and empty.mean.shape == (1, 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_unused_state_may_hold_anything(backend: str) -> None:
+def test_an_unused_state_may_hold_anything(implementation: str) -> None:
     nan = torch.full((6,), float("nan")).double()
     state, x = RowMoments(torch.tensor(0), nan.clone(), nan.clone()), rows(3, 6)
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         row_moments_(state, x)
     close(state, 3, *exact(x), 1e-13)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_far_mean_keeps_its_variance(backend: str) -> None:
+def test_a_far_mean_keeps_its_variance(implementation: str) -> None:
     """Deviations of 1 around 10^6, in bits that a sum of squares would lose in float64 and any sum in float32."""
     x = torch.randn(500, 9, generator=torch.Generator().manual_seed(2)).double() + 1e6
     state = RowMoments.zeros(9)
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         row_moments_(state, x, batches=[1, 99, 400])
     torch.testing.assert_close(state.m2, exact(x)[1], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_strides_alignment_and_gradients(backend: str) -> None:
+def test_strides_alignment_and_gradients(implementation: str) -> None:
     x = rows(20, 11, torch.float32)
     expected, wide, odd = RowMoments.zeros(11), torch.zeros(40, 25), torch.zeros(221)
     row_moments_(expected, x)
@@ -183,14 +179,32 @@ def test_strides_alignment_and_gradients(backend: str) -> None:
         state = RowMoments.zeros(11)
         buffer = torch.zeros(22).double()
         strided = RowMoments(state.count, buffer[::2], buffer[1::2])
-        with fastedit.backend(backend):
+        with fastedit.backend(implementation):
             trail = row_moments_(strided, view)
         close(strided, 20, expected.mean, expected.m2, 1e-13)
         assert not trail.mean.requires_grad
-    with fastedit.backend(backend):
+    with fastedit.backend(implementation):
         repeated = RowMoments.zeros(11)
         row_moments_(repeated, x[:1].expand(7, 11))
     assert int(repeated.count) == 7 and float(repeated.m2.abs().max()) < 1e-12
+
+
+def test_many_rows_and_threads(native_cpu: None) -> None:
+    """More rows than are summed in one go, more columns than one task; the same bits on any number of threads."""
+    x = rows(1000, 300, torch.bfloat16)
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            state = RowMoments.zeros(300)
+            with fastedit.backend("cpu"):
+                row_moments_(state, x[:, :170], x[:, 170:], batches=[600, 400])
+            results.append(state)
+    finally:
+        torch.set_num_threads(before)
+    close(results[0], 1000, *exact(x), 1e-13)
+    for other in results[1:]:
+        assert torch.equal(results[0].mean, other.mean) and torch.equal(results[0].m2, other.m2)
 
 
 def test_merging_states() -> None:
