@@ -6,8 +6,8 @@ more product per chunk with the same rescaling as the normaliser. Nothing of siz
 the backward multiplies two [rows, d] tensors by the incoming scalars: two products in all, as with every logit kept,
 where recomputing the logits in the backward would take three.
 
-A CPU with AMX takes both products in bf16 tiles, exactly: numbers are split into planes of bf16 that add up to them, and
-products below 2^-24 of the whole are left out. A half-precision head is one plane (float16: two), so it is never widened.
+A CPU with AMX takes both products in bf16 tiles: numbers are split into planes of bf16 that add up to them, and
+products below 2^-24 of the whole are left out. A half-precision head is one plane (float16: two), never widened.
 """
 
 from __future__ import annotations
@@ -254,17 +254,8 @@ def _refuse_cpu(H: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> s
     return None
 
 
-def _fake(
-    H: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kl_rows: Tensor | None,
-    kl_logp: Tensor | None,
-    softcap: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _accumulate_dtype(H)
+def _fake(H: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, kl_rows, with_grad = _accumulate_dtype(H), rest[3], rest[6]
     R, columns = H.shape[0], H.shape[1] if with_grad else 0
     Q = 0 if kl_rows is None else kl_rows.shape[0]
     shapes = ((R,), (Q,), (R, columns), (Q, columns))
@@ -290,17 +281,8 @@ def _backward(ctx: Any, g_nll: Tensor, g_kl: Tensor, _d_nll: Tensor, _d_kl: Tens
     return grad.to(ctx.dtype), None, None, None, None, None, None, None
 
 
-def _bind(
-    H: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kl_rows: Tensor | None,
-    kl_logp: Tensor | None,
-    *,
-    softcap: float | None = None,
-) -> tuple[object, ...]:
-    return H, weight, bias, targets, kl_rows, kl_logp, softcap or 0.0, H.requires_grad
+def _bind(H: Tensor, *tensors: Tensor | None, softcap: float | None = None) -> tuple[object, ...]:
+    return H, *tensors, softcap or 0.0, H.requires_grad
 
 
 _op = define_op(
