@@ -340,7 +340,7 @@ _HALF, _FLOAT = "tf32", "tf32x3"
 CONFIGS = {
     (16, False): Config(tile_n=32, warps=2, stages=2, exact=_FLOAT),
     (32, False): Config(tile_n=32, warps=4, stages=2, exact=_FLOAT),
-    (64, False): Config(tile_n=16, warps=4, stages=2, exact=_FLOAT),
+    (64, False): Config(tile_n=16, warps=8, stages=2, exact=_FLOAT),
     (128, False): Config(tile_n=16, warps=8, stages=1, exact=_FLOAT),
     (16, True): Config(tile_n=32, warps=4, stages=2, exact=_HALF),
     (32, True): Config(tile_n=16, warps=4, stages=2, exact=_HALF),

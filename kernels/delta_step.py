@@ -89,7 +89,7 @@ def _delta_step_kernel(
     norm = _root(tl.sum(squares, axis=0))
     limit = tl.full((), clamp, dtype) * radius
     if norm > limit:
-        # Each thread reads what it wrote.
+        tl.debug_barrier()  # what other threads wrote is read
         for first in range(0, d, BLOCK):
             mask = first + block < d
             x = tl.load(delta + first + block, mask=mask, other=0.0)
@@ -101,8 +101,10 @@ def _delta_step_kernel(
 def _root(x):
     """The square root rounded to nearest; plain sqrt of fp32 is an approximation."""
     if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    return tl.sqrt_rn(x)
+        root = tl.sqrt(x)
+    else:
+        root = tl.sqrt_rn(x)
+    return root
 
 
 def delta_step_(

@@ -136,7 +136,7 @@ def nearest_key(q: Tensor, keys: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, T
         _squares_kernel[(blocks, triton.cdiv(B, _QUERIES))](
             *(q, keys, bests, indices, seconds, B, N, d, *q.stride(), *keys.stride()),
             KEYS=_KEYS,
-            DEPTH=_DEPTH // (2 if dtype == torch.float64 else 1),
+            DEPTH=_DEPTH // (4 if dtype == torch.float64 else 1),
             QUERIES=_QUERIES,
             STAGES=3,
             num_warps=4,

@@ -115,8 +115,10 @@ def _store_planes(to, x, plane_stride, mask, PLANES: tl.constexpr):
 def _slope(x, softcap, CAPPED: tl.constexpr):
     """The derivative of the cap, from its value."""
     if CAPPED:
-        return 1.0 - (x / softcap) * (x / softcap)
-    return 1.0
+        slope = 1.0 - (x / softcap) * (x / softcap)
+    else:
+        slope = 1.0
+    return slope
 
 
 @triton.jit

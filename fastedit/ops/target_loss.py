@@ -5,6 +5,9 @@ forward accumulates, beside the online log-sum-exp, the gradient itself: d nll /
 more product per chunk with the same rescaling as the normaliser. Nothing of size [rows, vocab] survives a chunk and
 the backward multiplies two [rows, d] tensors by the incoming scalars: two products in all, as with every logit kept,
 where recomputing the logits in the backward would take three.
+
+A CPU with AMX takes both products in bf16 tiles: numbers are split into planes of bf16 that add up to them, and
+products below 2^-24 of the whole are left out. A half-precision head is one plane (float16: two), never widened.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops._dispatch import Impl, Slower, define_op
 
 __all__ = ["target_loss"]
 
@@ -196,6 +199,7 @@ def _finish(
     return nll, kl, torch.where(wanted[:, None], pull - own, 0.0), d_kl
 
 
+_FEW_ROWS = 2
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/target_loss_amx.h: HeadType
 
 
@@ -245,20 +249,13 @@ def _refuse_cpu(H: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> s
     level = import_module("fastedit._cpu").info()["isa"]
     if level != "amx":
         return f"it is for AMX tiles, and the instruction-set level is {level}"
+    if weight.dtype == torch.float32 and H.shape[0] <= _FEW_ROWS:
+        return Slower(f"splitting a float32 head costs more than its products with {H.shape[0]} rows")
     return None
 
 
-def _fake(
-    H: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kl_rows: Tensor | None,
-    kl_logp: Tensor | None,
-    softcap: float,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _accumulate_dtype(H)
+def _fake(H: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, kl_rows, with_grad = _accumulate_dtype(H), rest[3], rest[6]
     R, columns = H.shape[0], H.shape[1] if with_grad else 0
     Q = 0 if kl_rows is None else kl_rows.shape[0]
     shapes = ((R,), (Q,), (R, columns), (Q, columns))
@@ -284,17 +281,8 @@ def _backward(ctx: Any, g_nll: Tensor, g_kl: Tensor, _d_nll: Tensor, _d_kl: Tens
     return grad.to(ctx.dtype), None, None, None, None, None, None, None
 
 
-def _bind(
-    H: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kl_rows: Tensor | None,
-    kl_logp: Tensor | None,
-    *,
-    softcap: float | None = None,
-) -> tuple[object, ...]:
-    return H, weight, bias, targets, kl_rows, kl_logp, softcap or 0.0, H.requires_grad
+def _bind(H: Tensor, *tensors: Tensor | None, softcap: float | None = None) -> tuple[object, ...]:
+    return H, *tensors, softcap or 0.0, H.requires_grad
 
 
 def _refuse_triton(H: Tensor, weight: Tensor, *rest: object) -> str | None:

@@ -119,12 +119,8 @@ def test_no_cancellation(backend: str) -> None:
             check(q, keys, torch.full((300,), 0.3))
 
 
-def test_ties_take_the_lowest_index_at_every_level(cpu_level: str) -> None:
-    ties("cpu")
-
-
-def test_ties_take_the_lowest_index() -> None:
-    ties("eager")
+def test_ties_take_the_lowest_index(cpu_level: str) -> None:
+    ties("eager"), ties("cpu")
 
 
 def ties(backend: str) -> None:

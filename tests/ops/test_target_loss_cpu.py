@@ -180,3 +180,15 @@ def test_other_levels_refuse(cpu_level: str) -> None:
     ):
         run(inputs)
     assert [row.name for row in fastedit.explain("target_loss", *inputs) if row.chosen] == ["eager"]
+
+
+@needs_amx
+def test_what_runs() -> None:
+    def chosen(R: int, hidden: torch.dtype, head: torch.dtype) -> str:
+        rows = fastedit.explain("target_loss", *problem(R, 8, 40, 1, hidden, head))
+        return next(row.name for row in rows if row.chosen)
+
+    assert chosen(3, torch.float32, torch.float32) == "cpu"
+    assert chosen(2, torch.float32, torch.float32) == "eager"  # reading the head is all the work
+    assert chosen(1, torch.float32, torch.bfloat16) == chosen(64, torch.float16, torch.float16) == "cpu"
+    assert chosen(64, torch.float64, torch.float32) == chosen(64, torch.float32, torch.float64) == "eager"
