@@ -13,7 +13,7 @@ namespace amx {
 namespace {
 
 constexpr std::int64_t kTileBytes = 1024;
-constexpr int kLinesAhead = 8;  // that are fetched with every step of the tiles
+constexpr int kLinesAhead = 16;  // that are fetched with every step of the tiles
 
 struct alignas(64) TileShapes {
     std::uint8_t palette = 1, start = 0, reserved[14] = {};
