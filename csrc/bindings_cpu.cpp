@@ -11,6 +11,7 @@
 
 #include "cpu/branch_attention.h"
 #include "cpu/isa.h"
+#include "cpu/peak.h"
 #include "cpu/rank_update.h"
 #include "cpu/second_moment.h"
 
@@ -37,6 +38,16 @@ py::dict info() {
     out["isa_levels"] = levels;
     out["compiler"] = __VERSION__;
     return out;
+}
+
+double peak(const std::string& kind, double seconds) {
+    py::gil_scoped_release release;
+    return fastedit::peak(kind, seconds);
+}
+
+double bandwidth() {
+    py::gil_scoped_release release;
+    return fastedit::bandwidth();
 }
 
 // Keys, their row stride, master, its row stride.
@@ -129,6 +140,10 @@ void branch_attention_backward(const std::vector<Rows>& inputs, const BranchInde
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of fastedit; called through fastedit.ops, which checks the arguments.";
     m.def("info", &info, "The instruction-set level in use, those this machine can run, the compiler.");
+    m.def("peak", &peak, py::arg("kind"), py::arg("seconds") = 0.2,
+          "flop/s of one thread in registers: kind 'amx_bf16', 'fma_f32' or 'fma_f64'; processor time.");
+    m.def("bandwidth", &bandwidth,
+          "bytes/s of one thread that copies a large array: read and written bytes.");
     m.def("second_moment", &second_moment, py::arg("layers"), py::arg("key_type"), py::arg("master_type"),
           py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("exact"), py::arg("threads"));
     m.def("rank_update", &rank_update, py::arg("weight"), py::arg("weight_type"), py::arg("weight_stride"),

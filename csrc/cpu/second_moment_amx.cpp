@@ -65,7 +65,7 @@ void second_moment_amx(const SecondMomentArgs& args) {
     const std::int64_t task_count = static_cast<std::int64_t>(tasks.size());
     const Buffer<char> packed(static_cast<std::size_t>(together * panels * panel_bytes));
     const Buffer<char> left(static_cast<std::size_t>(height * panel_bytes) * threads);
-    const std::int64_t sums_size = 2 * height * kAmxBlockPanels * kAmxPanel * kAmxPanel;
+    const std::int64_t sums_size = height * kAmxBlockPanels * kAmxPanel * kAmxPanel;
     const Buffer<float> sums(static_cast<std::size_t>(sums_size) * threads);
 
     for (std::int64_t layer = 0; layer < args.layer_count; layer += together) {
