@@ -17,8 +17,9 @@ namespace {
 
 // Left operands of a task: with a panel of right ones half of the 2 MB of L2 that every CPU with AMX has.
 constexpr std::int64_t kLeftBytes = 1 << 20;
-// Packed keys of the layers that are done together: within what a core has of L3.
-constexpr std::int64_t kPackedBytes = 64 << 20;
+// Packed keys of the layers that are done together: small ones share the threads, large ones would push each
+// other out of the cache.
+constexpr std::int64_t kPackedBytes = 8 << 20;
 
 int planes_of(const SecondMomentArgs& args) {
     switch (args.key_type) {
