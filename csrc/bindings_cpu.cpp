@@ -16,6 +16,7 @@
 #include "cpu/lowrank_transform.h"
 #include "cpu/nearest_key.h"
 #include "cpu/packed_solve.h"
+#include "cpu/peak.h"
 #include "cpu/rank_update.h"
 #include "cpu/row_moments.h"
 #include "cpu/second_moment.h"
@@ -46,6 +47,16 @@ py::dict info() {
     out["isa_levels"] = levels;
     out["compiler"] = __VERSION__;
     return out;
+}
+
+double peak(const std::string& kind, double seconds) {
+    py::gil_scoped_release release;
+    return fastedit::peak(kind, seconds);
+}
+
+double bandwidth() {
+    py::gil_scoped_release release;
+    return fastedit::bandwidth();
 }
 
 // Keys, their row stride, master, its row stride.
@@ -309,6 +320,10 @@ void packed_solve(std::uintptr_t packed, std::int64_t width, std::uintptr_t rows
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of fastedit; called through fastedit.ops, which checks the arguments.";
     m.def("info", &info, "The instruction-set level in use, those this machine can run, the compiler.");
+    m.def("peak", &peak, py::arg("kind"), py::arg("seconds") = 0.2,
+          "flop/s of one thread in registers: kind 'amx_bf16', 'fma_f32' or 'fma_f64'; processor time.");
+    m.def("bandwidth", &bandwidth,
+          "bytes/s of one thread that copies a large array: read and written bytes.");
     m.def("second_moment", &second_moment, py::arg("layers"), py::arg("key_type"), py::arg("master_type"),
           py::arg("rows"), py::arg("tokens"), py::arg("d"), py::arg("exact"), py::arg("threads"));
     m.def("delta_step", &delta_step, py::arg("delta"), py::arg("grad"), py::arg("exp_avg"),

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::int64_t kPackTokens =
     16;  // tokens per packing task: rows are read whole, panels written in runs
-constexpr std::int64_t kPackedFloats = 16 << 20;  // packed keys of the layers that are done together
+constexpr std::int64_t kPackedFloats = 2 << 20;  // packed keys of the layers that are done together
 
 struct Block {
     std::int64_t row, column;

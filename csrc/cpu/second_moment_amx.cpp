@@ -17,8 +17,9 @@ namespace {
 
 // Left operands of a task: with a panel of right ones half of the 2 MB of L2 that every CPU with AMX has.
 constexpr std::int64_t kLeftBytes = 1 << 20;
-// Packed keys of the layers that are done together: within what a core has of L3.
-constexpr std::int64_t kPackedBytes = 64 << 20;
+// Packed keys of the layers that are done together: small ones share the threads, large ones would push each
+// other out of the cache.
+constexpr std::int64_t kPackedBytes = 8 << 20;
 
 int planes_of(const SecondMomentArgs& args) {
     switch (args.key_type) {
@@ -65,7 +66,7 @@ void second_moment_amx(const SecondMomentArgs& args) {
     const std::int64_t task_count = static_cast<std::int64_t>(tasks.size());
     const Buffer<char> packed(static_cast<std::size_t>(together * panels * panel_bytes));
     const Buffer<char> left(static_cast<std::size_t>(height * panel_bytes) * threads);
-    const std::int64_t sums_size = 2 * height * kAmxBlockPanels * kAmxPanel * kAmxPanel;
+    const std::int64_t sums_size = height * kAmxBlockPanels * kAmxPanel * kAmxPanel;
     const Buffer<float> sums(static_cast<std::size_t>(sums_size) * threads);
 
     for (std::int64_t layer = 0; layer < args.layer_count; layer += together) {

@@ -13,16 +13,21 @@ namespace fastedit {
 constexpr std::int64_t kAmxPanel = 32;  // columns of a panel, and tokens of one step of the tiles
 // Bytes of one plane of one panel and one step: 32 tokens x 32 columns.
 constexpr std::int64_t kAmxStepBytes = 2048;
-constexpr std::int64_t kAmxBlockPanels = 4;  // panels of right operands that a task does together
+constexpr std::int64_t kAmxBlockPanels = 8;  // panels of right operands that a task does together
 
-// One layer and one flush, packed: panel p holds columns [32 p, 32 p + 32) as [planes][steps] of two tiles of
-// right operands, whose rows are pairs of tokens.
+// Steps of all planes in a strip: two panels of 16 KB fit the 48 KB of L1 that every CPU with AMX has.
+constexpr std::int64_t kAmxStripSteps = 8;
+
+// One layer and one flush, packed: panel p holds columns [32 p, 32 p + 32) in strips of steps, a strip as
+// [planes][steps] of two tiles of right operands, whose rows are pairs of tokens.
 struct AmxPanels {
     char* data;
     int planes;
     std::int64_t steps;  // of 32 tokens; the last is padded with zeros
     std::int64_t count;
 
+    std::int64_t strips() const { return (steps * planes + kAmxStripSteps - 1) / kAmxStripSteps; }
+    std::int64_t strip_begin(std::int64_t strip) const { return strip * steps / strips(); }
     std::int64_t panel_bytes() const { return planes * steps * kAmxStepBytes; }
     char* panel(std::int64_t index) const { return data + index * panel_bytes(); }
 };
@@ -38,7 +43,7 @@ namespace amx {
 void second_moment_pack(const SecondMomentArgs& args, const SecondMomentLayer& layer, std::int64_t first,
                         std::int64_t tokens, std::int64_t step, const AmxPanels& panels);
 // Adds the lower-triangle part of the task to the master. Scratch: left for (row_end - row) panels, sums for
-// 2 x kAmxBlockPanels squares of each of them.
+// kAmxBlockPanels squares of each of them.
 void second_moment_task(const SecondMomentArgs& args, const SecondMomentLayer& layer, const AmxPanels& panels,
                         const AmxTask& task, char* left, float* sums);
 }  // namespace amx

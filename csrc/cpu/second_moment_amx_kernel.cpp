@@ -2,72 +2,17 @@
 //
 // A task keeps the left operands of a few hundred columns in the L2 cache and takes blocks of right operands
 // past them. Tokens come in strips whose two operands of a 32 x 32 square fit the L1 cache; the squares' sums
-// wait in L2 for the next strip and go to the master once a flush. That is vector code, and it is spread over
-// the steps of the next block, where the tile unit leaves the vector ports idle.
-
-// GCC 12 warns of its own header, https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+// wait in L2 for the next strip and go to the master once a flush.
 
 #include <cstdint>
 
+#include "cpu/planes.h"
 #include "cpu/second_moment_amx.h"
+#include "cpu/tiles.h"
 
 namespace fastedit {
 namespace amx {
 namespace {
-
-struct BFloat16 {
-    std::uint16_t bits;
-};
-struct Float16 {
-    std::uint16_t bits;
-};
-
-// ---- packing ----------------------------------------------------------------------------------------------
-
-// 32 keys as planes of bf16; a plane is what the ones before it leave of the key.
-template <int kPlanes>
-inline void split(__m512 low, __m512 high, __m512i* planes) {
-    for (int plane = 0; plane < kPlanes; ++plane) {
-        const __m512i bits = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-        planes[plane] = bits;
-        if (plane + 1 == kPlanes) break;
-        const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits));
-        const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(bits, 1));
-        low = _mm512_sub_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)));
-        high = _mm512_sub_ps(high, _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)));
-    }
-}
-
-// `mask`: which of the 32 keys there are.
-template <int kPlanes>
-inline void load_keys(const BFloat16* keys, __mmask32 mask, __m512i* planes) {
-    static_assert(kPlanes == 1, "bf16 keys are one plane");
-    planes[0] = _mm512_maskz_loadu_epi16(mask, keys);
-}
-template <int kPlanes>
-inline void load_keys(const Float16* keys, __mmask32 mask, __m512i* planes) {
-    const __m512i bits = _mm512_maskz_loadu_epi16(mask, keys);
-    split<kPlanes>(_mm512_cvtph_ps(_mm512_castsi512_si256(bits)),
-                   _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1)), planes);
-}
-template <int kPlanes>
-inline void load_keys(const float* keys, __mmask32 mask, __m512i* planes) {
-    split<kPlanes>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), keys),
-                   _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), keys + 16), planes);
-}
-
-// Pairs of tokens side by side: out[0] has columns 0 to 15, out[1] columns 16 to 31.
-inline void interleave(__m512i even, __m512i odd, __m512i* out) {
-    const __m512i low = _mm512_unpacklo_epi16(even, odd);
-    const __m512i high = _mm512_unpackhi_epi16(even, odd);
-    out[0] = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high);
-    out[1] = _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high);
-}
 
 template <typename Key, int kPlanes>
 void pack(const SecondMomentArgs& args, const SecondMomentLayer& layer, std::int64_t first,
@@ -80,16 +25,21 @@ void pack(const SecondMomentArgs& args, const SecondMomentLayer& layer, std::int
         if (args.rows) row = args.rows[row];
         rows[t] = static_cast<const Key*>(layer.keys) + row * layer.key_stride;
     }
+    std::int64_t strip = 0;
+    while (panels.strip_begin(strip + 1) <= step) ++strip;
+    const std::int64_t begin = panels.strip_begin(strip);
+    const std::int64_t plane_bytes = (panels.strip_begin(strip + 1) - begin) * kAmxStepBytes;
+    const std::int64_t offset = begin * kPlanes * kAmxStepBytes + (step - begin) * kAmxStepBytes;
     for (std::int64_t p = 0; p < panels.count; ++p) {
         const std::int64_t columns = args.d - p * kAmxPanel;
         const __mmask32 mask = columns < kAmxPanel ? (1u << columns) - 1u : ~0u;
-        char* out = panels.panel(p) + step * kAmxStepBytes;
+        char* out = panels.panel(p) + offset;
         for (std::int64_t pair = 0; pair < kAmxPanel / 2; ++pair) {
             __m512i even[kPlanes], odd[kPlanes], both[2];
             load_keys<kPlanes>(rows[2 * pair] + p * kAmxPanel, 2 * pair < there ? mask : 0, even);
             load_keys<kPlanes>(rows[2 * pair + 1] + p * kAmxPanel, 2 * pair + 1 < there ? mask : 0, odd);
             for (int plane = 0; plane < kPlanes; ++plane) {
-                char* to = out + plane * panels.steps * kAmxStepBytes + 64 * pair;
+                char* to = out + plane * plane_bytes + 64 * pair;
                 interleave(even[plane], odd[plane], both);
                 _mm512_store_si512(to, both[0]);
                 _mm512_store_si512(to + 1024, both[1]);
@@ -97,53 +47,6 @@ void pack(const SecondMomentArgs& args, const SecondMomentLayer& layer, std::int
         }
     }
 }
-
-// A left tile is a right one with its 16 x 16 words transposed.
-inline void transpose(const char* from, char* to) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(from + 64 * i);
-    for (int i = 0; i < 8; ++i) {
-        b[2 * i] = _mm512_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-        b[2 * i + 1] = _mm512_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        a[4 * i] = _mm512_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
-        a[4 * i + 1] = _mm512_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-        a[4 * i + 2] = _mm512_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
-        a[4 * i + 3] = _mm512_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-        b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-        b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        _mm512_store_si512(to + 64 * i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        _mm512_store_si512(to + 64 * (i + 8), _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-        _mm512_store_si512(to + 64 * (i + 4), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-        _mm512_store_si512(to + 64 * (i + 12), _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
-}
-
-// ---- tiles ------------------------------------------------------------------------------------------------
-
-struct alignas(64) TileConfig {
-    std::uint8_t palette = 1, start = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Tiles are state of the thread: configured for one task and given back, so that a switch of threads does not
-// save 8 KB for nothing.
-class Tiles {
-  public:
-    Tiles() {
-        const TileConfig config;
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() { _tile_release(); }
-};
 
 // Sums of a block of the master: squares of 32 x 32, column panel by column panel.
 struct Sums {
@@ -164,50 +67,26 @@ inline void add(float* to, const float* sums, __mmask16 mask) {
     _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), more));
 }
 
-// A block of sums on its way to the master: 32 numbers of a row at a time, at and below the diagonal.
+// Adds a block of sums to the master, at and below the diagonal. row, column: where it starts, in panels.
 template <typename Master>
-class Flush {
-  public:
-    Flush() = default;
-    // row, column: where the block starts, in panels of the master; width: its column panels.
-    Flush(const SecondMomentArgs& args, const SecondMomentLayer& layer, const Sums& sums, std::int64_t row,
-          std::int64_t column, std::int64_t width)
-        : sums_(sums),
-          to_(static_cast<Master*>(layer.master) + row * kAmxPanel * layer.master_stride +
-              column * kAmxPanel),
-          stride_(layer.master_stride),
-          width_(width),
-          rows_(args.d - row * kAmxPanel),
-          columns_(args.d - column * kAmxPanel),
-          below_((row - column) * kAmxPanel + 1) {
-        if (rows_ > sums.height * kAmxPanel) rows_ = sums.height * kAmxPanel;
-    }
-
-    inline void step() {
-        if (row_ >= rows_) return;
-        const std::int64_t last = below_ + row_ < columns_ ? below_ + row_ : columns_;
-        const std::int64_t n = last - column_ * kAmxPanel;
-        const std::uint32_t mask = n >= kAmxPanel ? ~0u : n > 0 ? (1u << n) - 1u : 0u;
-        Master* to = to_ + row_ * stride_ + column_ * kAmxPanel;
-        const float* from = sums_.square(row_ / kAmxPanel, column_) + row_ % kAmxPanel * kAmxPanel;
-        for (int i = 0; i < kAmxPanel; i += kLanes) {
-            add(to + i, from + i, static_cast<std::uint16_t>(mask >> i));
-            __builtin_prefetch(to + stride_ + i, 1, 2);
+void flush(const SecondMomentArgs& args, const SecondMomentLayer& layer, const Sums& sums, std::int64_t row,
+           std::int64_t column, std::int64_t width) {
+    constexpr int kLanes = 64 / sizeof(Master);
+    const std::int64_t first = row * kAmxPanel, left = column * kAmxPanel;
+    const std::int64_t rows =
+        args.d - first < sums.height * kAmxPanel ? args.d - first : sums.height * kAmxPanel;
+    for (std::int64_t r = 0; r < rows; ++r) {
+        Master* to = static_cast<Master*>(layer.master) + (first + r) * layer.master_stride + left;
+        std::int64_t n = first + r - left + 1;  // columns at and below the diagonal
+        if (n > width * kAmxPanel) n = width * kAmxPanel;
+        for (std::int64_t i = 0; i < n; i += kAmxPanel) {
+            const float* from = sums.square(r / kAmxPanel, i / kAmxPanel) + r % kAmxPanel * kAmxPanel;
+            const std::uint32_t mask = n - i >= kAmxPanel ? ~0u : (1u << (n - i)) - 1u;
+            for (int lane = 0; lane < kAmxPanel; lane += kLanes)
+                add(to + i + lane, from + lane, static_cast<std::uint16_t>(mask >> lane));
         }
-        if (++column_ == width_) column_ = 0, ++row_;
     }
-    void finish() {
-        while (row_ < rows_) step();
-    }
-
-  private:
-    static constexpr int kLanes = 64 / sizeof(Master);
-
-    Sums sums_{nullptr, 0};
-    Master* to_ = nullptr;
-    std::int64_t stride_ = 0, width_ = 0, rows_ = 0, columns_ = 0, below_ = 0;
-    std::int64_t row_ = 0, column_ = 0;
-};
+}
 
 // Products of planes. Small ones first: they are lost in a large sum.
 struct Pair {
@@ -228,16 +107,10 @@ struct Pairs<3> {  // what is left out is under 2^-24 of the whole
     static constexpr Pair kAll[] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
 };
 
-// A strip's operands of one panel: [planes][steps], planes `plane` bytes apart.
-struct Strip {
-    const char* data;
-    std::int64_t plane;
-};
-
-// sums (+)= left^T right over the steps of a strip, and with every step a bit of the block before.
-template <int kPlanes, typename Master>
-inline void square(const Strip& left, const Strip& right, std::int64_t steps, float* sums, bool first,
-                   Flush<Master>& before) {
+// sums (+)= left^T right over the steps of a strip. Every step asks for a bit of what comes from L3 next.
+template <int kPlanes>
+inline void square(const char* left, const char* right, std::int64_t steps, float* sums, bool first,
+                   const char*& next) {
     if (first) {
         _tile_zero(0);
         _tile_zero(1);
@@ -250,8 +123,8 @@ inline void square(const Strip& left, const Strip& right, std::int64_t steps, fl
         _tile_loadd(3, sums + 16 * kAmxPanel + 16, 128);
     }
     for (const Pair& pair : Pairs<kPlanes>::kAll) {
-        const char* a = left.data + pair.left * left.plane;
-        const char* b = right.data + pair.right * right.plane;
+        const char* a = left + pair.left * steps * kAmxStepBytes;
+        const char* b = right + pair.right * steps * kAmxStepBytes;
         for (std::int64_t step = 0; step < steps; ++step, a += kAmxStepBytes, b += kAmxStepBytes) {
             _tile_loadd(4, a, 64);
             _tile_loadd(6, b, 64);
@@ -261,7 +134,11 @@ inline void square(const Strip& left, const Strip& right, std::int64_t steps, fl
             _tile_loadd(5, a + 1024, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-            before.step();
+            // Every other line: the processor brings lines in pairs, and these requests hold buffers that the
+            // tiles' own need.
+            _mm_prefetch(next, _MM_HINT_T0);
+            _mm_prefetch(next + 128, _MM_HINT_T0);
+            next += 256;
         }
     }
     _tile_stored(0, sums, 128);
@@ -270,38 +147,31 @@ inline void square(const Strip& left, const Strip& right, std::int64_t steps, fl
     _tile_stored(3, sums + 16 * kAmxPanel + 16, 128);
 }
 
-constexpr std::int64_t kStripSteps = 8;  // of all planes: two panels of 16 KB in a 48 KB L1
-
 // Steps [from, to) of a flush.
-struct Span {
+struct Strip {
     std::int64_t from, to;
-    Span(std::int64_t strip, std::int64_t strips, std::int64_t steps)
-        : from(strip * steps / strips), to((strip + 1) * steps / strips) {}
+    Strip(const AmxPanels& panels, std::int64_t index)
+        : from(panels.strip_begin(index)), to(panels.strip_begin(index + 1)) {}
     std::int64_t steps() const { return to - from; }
 };
 
+// The left operands of a task, strip after strip, in them the row panels: what the inner loop walks through.
 template <int kPlanes>
 struct Left {
     char* data;
     std::int64_t height;
 
-    // Strips one after the other, in them the row panels: what the inner loop walks through is contiguous.
-    Strip at(const Span& span, std::int64_t row) const {
-        return {data + (span.from * height + row * span.steps()) * kPlanes * kAmxStepBytes,
-                span.steps() * kAmxStepBytes};
+    char* at(const Strip& strip, std::int64_t row) const {
+        return data + (strip.from * height + row * strip.steps()) * kPlanes * kAmxStepBytes;
     }
-    void fill(const AmxPanels& panels, const AmxTask& task, std::int64_t strips) const {
+    void fill(const AmxPanels& panels, std::int64_t first) const {
         for (std::int64_t row = 0; row < height; ++row) {
-            for (int plane = 0; plane < kPlanes; ++plane) {
-                for (std::int64_t strip = 0; strip < strips; ++strip) {
-                    const Span span(strip, strips, panels.steps);
-                    const Strip out = at(span, row);
-                    const char* from =
-                        panels.panel(task.row + row) + (plane * panels.steps + span.from) * kAmxStepBytes;
-                    char* to = const_cast<char*>(out.data) + plane * out.plane;
-                    for (std::int64_t tile = 0; tile < out.plane; tile += 1024)
-                        transpose(from + tile, to + tile);
-                }
+            for (std::int64_t index = 0; index < panels.strips(); ++index) {
+                const Strip strip(panels, index);
+                const char* from = panels.panel(first + row) + strip.from * kPlanes * kAmxStepBytes;
+                char* to = at(strip, row);
+                for (std::int64_t tile = 0; tile < strip.steps() * kPlanes * kAmxStepBytes; tile += 1024)
+                    transpose(from + tile, to + tile);
             }
         }
     }
@@ -310,34 +180,28 @@ struct Left {
 template <int kPlanes, typename Master>
 void run(const SecondMomentArgs& args, const SecondMomentLayer& layer, const AmxPanels& panels,
          const AmxTask& task, char* scratch, float* sums_scratch) {
-    const std::int64_t height = task.row_end - task.row;
-    const std::int64_t strips = (panels.steps * kPlanes + kStripSteps - 1) / kStripSteps;
+    const std::int64_t height = task.row_end - task.row, strips = panels.strips();
     const Left<kPlanes> left{scratch, height};
-    left.fill(panels, task, strips);
+    left.fill(panels, task.row);
     const Tiles tiles;
-    Sums sums{sums_scratch, height};
-    Sums other{sums_scratch + height * kAmxBlockPanels * kAmxPanel * kAmxPanel, height};
-    Flush<Master> before;
+    const Sums sums{sums_scratch, height};
     for (std::int64_t column = task.column; column < task.column_end; column += kAmxBlockPanels) {
         const std::int64_t width =
             task.column_end - column < kAmxBlockPanels ? task.column_end - column : kAmxBlockPanels;
-        for (std::int64_t strip = 0; strip < strips; ++strip) {
-            const Span span(strip, strips, panels.steps);
+        for (std::int64_t index = 0; index < strips; ++index) {
+            const Strip strip(panels, index);
             for (std::int64_t c = 0; c < width; ++c) {
-                const Strip right{panels.panel(column + c) + span.from * kAmxStepBytes,
-                                  panels.steps * kAmxStepBytes};
+                const char* right = panels.panel(column + c) + strip.from * kPlanes * kAmxStepBytes;
+                const char* next = c + 1 < width ? right + panels.panel_bytes()
+                                                 : panels.panel(column) + strip.to * kPlanes * kAmxStepBytes;
                 const std::int64_t diagonal = column + c - task.row;
                 for (std::int64_t row = diagonal > 0 ? diagonal : 0; row < height; ++row)
-                    square<kPlanes>(left.at(span, row), right, span.steps(), sums.square(row, c), strip == 0,
-                                    before);
+                    square<kPlanes>(left.at(strip, row), right, strip.steps(), sums.square(row, c),
+                                    index == 0, next);
             }
         }
-        before.finish();
-        before = Flush<Master>(args, layer, sums, task.row, column, width);
-        const Sums filled = sums;
-        sums = other, other = filled;
+        flush<Master>(args, layer, sums, task.row, column, width);
     }
-    before.finish();
 }
 
 template <int kPlanes>
