@@ -20,6 +20,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import test_attribution_reduce
+import test_branch_attention
 import test_delta_step
 import test_kth_magnitude
 import test_lowrank_transform
@@ -151,6 +152,29 @@ def attribution_reduce() -> None:
         kernel = attribution_kernel.attribution_reduce
         found = kernel(torch.ones(4, 3), torch.tensor([-2, 1, 9]), None, 1)
         assert found.tolist() == [[1.0] * 3, [3.0] * 3]
+
+
+@check
+def branch_attention() -> None:
+    t = test_branch_attention
+    options: tuple[dict[str, float], ...] = (
+        {},
+        {"softcap": 2.0},
+        {"window": 3},
+        {"softcap": 0.5, "window": 2},
+    )
+    with fastedit.backend("triton"):
+        for shape in ("one token", "one branch", "no prefix", "branches without tokens"):
+            for option in options:
+                dtype = torch.float16 if option else torch.float32
+                t.check(t.problem(**t.SHAPES[shape], dtype=dtype, **option))
+        # Several tiles of keys and of queries; four query heads to a key head; heads of odd widths.
+        wide = {"own": (20, 40), "prefix": (30, 50), "H": 4, "G": 1}
+        t.check(t.problem(2, **wide, D=17, dtype=torch.float32, window=50, softcap=2.0))
+        t.check(t.problem(3, own=(0, 3), H=6, G=2, D=63, dtype=torch.float32, seed=3))
+        t.test_a_branch_at_nan_stays_alone(torch.float32)
+        t.test_strides(torch.float32), t.test_a_strided_last_dimension(torch.float32)
+        t.test_nothing_to_do(3, torch.float32), t.test_an_empty_store(torch.float32)
 
 
 @check
