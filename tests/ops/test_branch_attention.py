@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -325,102 +319,6 @@ def test_explain() -> None:
 def test_cpu_like_eager(cpu_level: str, test: Any) -> None:
     with fastedit.backend("cpu"):
         test(torch.float32)
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-
-@needs_triton
-@pytest.mark.interp
-def test_triton_in_the_interpreter() -> None:
-    # In a process of its own: whether Triton interprets is fixed when the kernel is decorated.
-    code = """
-        import torch, fastedit, test_branch_attention as t
-        options = ({}, {"softcap": 2.0}, {"window": 3}, {"softcap": 0.5, "window": 2})
-        with fastedit.backend("triton"):
-            for shape in ("one token", "one branch", "no prefix", "branches without tokens"):
-                for option in options:
-                    dtype = torch.float16 if option else torch.float32
-                    t.check(t.problem(**t.SHAPES[shape], dtype=dtype, **option))
-            # Several tiles of keys and of queries; four query heads to a key head; heads of odd widths.
-            wide = {"own": (20, 40), "prefix": (30, 50), "H": 4, "G": 1}
-            t.check(t.problem(2, **wide, D=17, dtype=torch.float32, window=50, softcap=2.0))
-            t.check(t.problem(3, own=(0, 3), H=6, G=2, D=63, dtype=torch.float32, seed=3))
-            t.test_a_branch_at_nan_stays_alone(torch.float32)
-            t.test_strides(torch.float32), t.test_a_strided_last_dimension(torch.float32)
-            t.test_nothing_to_do(3, torch.float32), t.test_an_empty_store(torch.float32)
-        print("ok")
-    """
-    root = Path(__file__).resolve().parents[2]
-    paths = [
-        str(Path(__file__).parent),
-        str(root / "tests"),
-        str(root / "bench"),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "ok"
-
-
-@needs_triton
-@pytest.mark.aot
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("D", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
-def test_triton_compiles(
-    arch: int, D: int, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    from aot import SHARED_LIMIT, compile_kernel
-
-    from fastedit.kernels import branch_attention as kernels
-
-    if (D, half) not in kernels.CONFIGS:
-        pytest.skip("the op refuses it: float32 heads of 256 do not fit in registers")
-    config = kernels.CONFIGS[D, half]
-    types = {
-        **dict.fromkeys(("lse", "means"), "*fp32"),
-        **dict.fromkeys(("columns", "q_starts", "q_offsets", "k_starts"), "*i64"),
-        **dict.fromkeys(("scale", "softcap"), "fp32"),
-        **dict.fromkeys(("width", "window", "d"), "i32"),
-    }
-    floats = "*bf16" if half else "*fp32"
-    for kernel in (kernels._forward_kernel, kernels._query_gradient_kernel, kernels._key_gradient_kernel):
-        for options in (True,) if D != 64 else (False, True):
-            constexprs = config.constexprs(D, group=4 if options else 1, capped=options, windowed=options)
-            names = [name for name in kernel.arg_names if name not in constexprs]
-            strides = tuple(name for name in names if name.endswith(("_token", "_head")))
-            signature = {name: types.get(name, "i32" if name in strides else floats) for name in names}
-            pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-            found = compile_kernel(
-                kernel,
-                signature,
-                constexprs,
-                arch=arch,
-                warps=config.warps,
-                stages=config.stages,
-                aligned=(*pointers, *strides, "d"),
-                directory=tmp_path,
-            )
-            # A handful: the compiler trades them for one more block on a multiprocessor.
-            assert found.spills <= 24 and found.stack <= 96, (kernel.__name__, found)
-            assert found.shared <= SHARED_LIMIT[arch], (kernel.__name__, found)
-            assert found.tensor_core > 0, (kernel.__name__, found)
 
 
 @pytest.mark.gpu

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -316,51 +311,6 @@ def test_opcheck() -> None:
         W, left, right = problem(6, 5, 2, weight, torch.float32)
         torch.library.opcheck(_op, ([W], [left], [right], [0.5], False, False))
         torch.library.opcheck(_op, ([W, W.clone()], [right.T] * 2, [left.T] * 2, [0.5, 1.0], True, True))
-
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
-
-
-@needs_triton
-@pytest.mark.interp
-def test_triton_in_the_interpreter() -> None:
-    # In a process of its own: whether Triton interprets is fixed when the kernel is decorated. The interpreter cuts
-    # float32 off where the compiled kernel rounds it to bfloat16: one more unit is allowed there.
-    code = """
-        import torch, fastedit, test_rank_update as t
-        from fastedit.ops import rank_update_
-        for weight in (torch.bfloat16, torch.float16, torch.float32):
-            for factor in (torch.float32, torch.float64):
-                for rows, columns, rank in ((97, 63, 3), (33, 130, 50), (1, 1, 9)):
-                    W, left, right = t.problem(rows, columns, rank, weight, factor)
-                    for transposed in (False, True):
-                        found = W.T.clone(memory_format=torch.contiguous_format) if transposed else W.clone()
-                        with fastedit.backend("triton"):
-                            rank_update_(found, left, right, alpha=0.3, transposed=transposed)
-                        found = found.T if transposed else found
-                        t.check(found, W, left, right, 0.3, last_bits=1.0 if weight == torch.bfloat16 else 0.0)
-        print("ok")
-    """
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(Path(__file__).parent), str(root / "bench"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "TRITON_DEFAULT_FP_FUSION": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "ok"
 
 
 @pytest.mark.gpu
