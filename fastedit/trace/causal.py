@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastedit.arch import ResolvedArch
 from fastedit.engine.attention import not_handed_over
+from fastedit.engine.encoder_decoder import is_encoder_decoder
 from fastedit.forward import evaluating
 from fastedit.ops.target_loss import target_loss
 from fastedit.session import Session
@@ -21,9 +22,10 @@ from fastedit.trace.lanes import KINDS, SEVERED, families
 from fastedit.trace.noise import Noise, subject_embeddings
 from fastedit.trace.prompts import TracePrompt
 from fastedit.trace.result import CausalTrace
+from fastedit.trace.seq2seq_lanes import CROSS, check_side, severs
 from fastedit.trace.sweep import Run, Sweep, grouped
 
-__all__ = ["TraceOptions", "trace_prompts"]
+__all__ = ["TraceOptions", "noises_of", "trace_prompts"]
 
 Tokens = Literal["all", "subject_last"]
 
@@ -39,6 +41,11 @@ class TraceOptions:
         window: layers that a cell of ``"mlp"`` or ``"attn"`` restores.
         tokens: ``"all"``, or ``"subject_last"``: the subject's last token only.
         noise: how the subject is corrupted.
+        side: of an encoder-decoder, whose states are restored: ``"encoder"`` (``None`` is that) or ``"decoder"``, which
+            reads the corrupted encoder and has the kinds ``"cross"`` and ``"severed_cross"``, too; see
+            `fastedit.trace.seq2seq`. ``None`` for other models.
+        decoder_prefix: of an encoder-decoder, text that the decoder has behind its start token and before the answer,
+            such as ``"<extra_id_0>"``.
         memory: bytes that the sweep may take above the model; ``None``: a part of what is free. It decides how many
             cells run together, not what they give. At least one sample of one cell runs.
     """
@@ -48,9 +55,11 @@ class TraceOptions:
     tokens: Tokens = "all"
     noise: Noise = field(default_factory=Noise)
     memory: int | None = None
+    side: Literal["encoder", "decoder"] | None = None
+    decoder_prefix: str | None = None
 
     def __post_init__(self) -> None:
-        known = (*KINDS, *SEVERED)
+        known = (*KINDS, *SEVERED, *(CROSS if self.side == "decoder" else ()))
         if isinstance(self.kinds, str) or not self.kinds:
             raise ValueError(f"kinds must be one or more of {', '.join(known)}, got {self.kinds!r}")
         for kind in self.kinds:
@@ -64,6 +73,7 @@ class TraceOptions:
             raise ValueError(f"tokens must be 'all' or 'subject_last', got {self.tokens!r}")
         if not isinstance(self.noise, Noise):
             raise ValueError(f"noise must be a Noise, got {self.noise!r}")
+        check_side(self.side, self.tokens, self.decoder_prefix)
         if self.memory is not None and (isinstance(self.memory, bool) or self.memory < 1):
             raise ValueError(f"memory must be at least 1 byte or None, got {self.memory!r}")
 
@@ -90,7 +100,14 @@ def trace_prompts(
     """
     options = options or TraceOptions()
     arch = session.arch
-    if getattr(arch.model.config, "is_encoder_decoder", False) or arch.row.side == "encoder":
+    if is_encoder_decoder(arch):
+        from fastedit.trace.seq2seq import trace_seq2seq
+
+        return trace_seq2seq(session, prompts, options, subjects=subjects, draws=draws)
+    for name in ("side", "decoder_prefix"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"{name} must be None for a model that is no encoder-decoder, got {value!r}")
+    if arch.row.side == "encoder":
         raise NotImplementedError(
             f"model: causal tracing needs a causal language model, got {type(arch.model).__name__}"
         )
@@ -98,7 +115,7 @@ def trace_prompts(
         raise NotImplementedError(f"model: causal tracing cannot run on packed tokens here: {reason}")
     if not prompts:
         raise ValueError("prompts: at least one is needed, got 0")
-    noises = _noises(session, prompts, options, subjects, draws)
+    noises = noises_of(session, arch, prompts, options, subjects, draws)
     parts = sorted({kind.removeprefix("severed_") for kind in options.kinds if kind != "hidden"})
     budget = Budget.of(arch, options.memory, len(parts))
     found: dict[int, list[tuple[int, CausalTrace]]] = {}
@@ -111,16 +128,17 @@ def trace_prompts(
     return [combined(found[i]) for i in range(len(prompts))]
 
 
-def _noises(
+def noises_of(
     session: Session,
+    arch: ResolvedArch,
     prompts: Sequence[TracePrompt],
     options: TraceOptions,
     subjects: Sequence[str] | None,
     draws: Sequence[Sequence[Tensor]] | None,
 ) -> list[tuple[Tensor, ...]]:
-    """Per prompt the sets of draws that are run: two where severed runs use another."""
-    arch, noise = session.arch, options.noise
-    severed = any(kind in SEVERED for kind in options.kinds)
+    """Per prompt the sets of draws that are run: two where severed runs use another; ``arch`` has the embedding."""
+    noise = options.noise
+    severed = any(severs(kind) for kind in options.kinds)
     made: list[tuple[Tensor, ...]] = []
     if draws is not None:
         if len(draws) != len(prompts):

@@ -21,6 +21,8 @@ TITLES = {
     "attn": "attention",
     "severed_mlp": "hidden state, MLPs severed",
     "severed_attn": "hidden state, attention severed",
+    "cross": "cross-attention",
+    "severed_cross": "hidden state, cross-attention severed",
 }
 
 
