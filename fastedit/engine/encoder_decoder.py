@@ -87,7 +87,8 @@ class Encodings:
         """``[m, H, T, D]`` each."""
         if layer in self._kept:
             return self._kept[layer]
-        found = _heads(module.k(self.states), module), _heads(module.v(self.states), module)
+        states = self.states.to(module.k.weight.device)
+        found = _heads(module.k(states), module), _heads(module.v(states), module)
         if self.keep:
             self._kept[layer] = found
         return found
@@ -119,19 +120,21 @@ class Decoder:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The context of `block`."""
-        shadowed: list[Any] = []
+        made: list[tuple[Any, Any]] = []
+        for layer in range(self.arch.depth):
+            attn, cross = self.arch.attn(layer), self.arch.cross(layer)
+            made += [(attn, self._own(attn)), (cross, self._cross(layer, cross))]
+        # Sharded models carry a forward of their own on the instance: it comes back afterwards.
+        before = [vars(module).get("forward") for module, _ in made]
         try:
-            for layer in range(self.arch.depth):
-                attn: Any = self.arch.attn(layer)
-                cross: Any = self.arch.cross(layer)
-                attn.forward = self._own(attn)
-                shadowed.append(attn)
-                cross.forward = self._cross(layer, cross)
-                shadowed.append(cross)
+            for module, forward in made:
+                module.forward = forward
             yield
         finally:
-            for module in shadowed:
+            for (module, _), forward in zip(made, before, strict=True):
                 vars(module).pop("forward", None)
+                if forward is not None:
+                    module.forward = forward
 
     def block(
         self,
@@ -162,7 +165,7 @@ class Decoder:
             call = self._calling()
             q, k, v = (_heads(linear(hidden_states), module) for linear in (module.q, module.k, module.v))
             if call.past is not None and call.first:
-                old_k, old_v = (old.expand(len(q), -1, -1, -1) for old in call.past)
+                old_k, old_v = (old.to(k.device).expand(len(q), -1, -1, -1) for old in call.past)
                 k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
             call.seen = k, v
             stop = call.first + q.shape[2]
@@ -180,7 +183,7 @@ class Decoder:
             rows = hidden_states.view(n // m, m, w, -1).transpose(0, 1).reshape(m, n // m * w, -1)
             q = _heads(module.q(rows), module)
             if _cheaper_absorbed(module, q, encodings):
-                found = _absorbed(module, q, encodings.states)
+                found = _absorbed(module, q, encodings.states.to(q.device))
             else:
                 k, v = encodings.keys_values(layer, module)
                 found = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)

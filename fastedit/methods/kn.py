@@ -132,7 +132,10 @@ def kn(
             with a positive score, or scores or an update that are not finite.
     """
     arch = causal_decoder(
-        session, "kn", range(session.arch.depth) if config.layers is None else config.layers
+        session,
+        "kn",
+        range(session.arch.depth) if config.layers is None else config.layers,
+        sourced=True,
     )
     if targets is not None:
         raise ValueError("targets must not be given: kn writes embeddings, not optimised vectors")
@@ -240,7 +243,7 @@ def _vectors(session: Session, request: EditRequest, config: KnConfig) -> tuple[
         old = target_ids(session.tokenizer, request.target_true)
     else:
         ids, _ = encode_question(session, request.text)
-        old = own_answer(session, ids, len(new))
+        old = own_answer(session, ids, len(new), prefix=config.decoder_prefix)
     first, second = (
         embedding[torch.tensor(ids, device=embedding.device)].to(wide).sum(dim=0) for ids in (old, new)
     )

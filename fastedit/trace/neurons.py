@@ -18,9 +18,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fastedit.arch import ResolvedArch
+from fastedit.arch import ResolvedArch, position_limit
 from fastedit.config import MethodConfig, check, is_integer, is_number
 from fastedit.engine.attention import not_handed_over
+from fastedit.engine.encoder_decoder import is_encoder_decoder
 from fastedit.engine.memory import free_memory
 from fastedit.forward import evaluating
 from fastedit.session import Session
@@ -29,6 +30,9 @@ from fastedit.trace.neurons_clean import Activation, Question, spot
 from fastedit.trace.neurons_result import Neurons
 from fastedit.trace.neurons_rows import NeuronRows
 from fastedit.trace.neurons_sweep import NeuronSweep
+from fastedit.trace.seq2seq import decoder_ids
+from fastedit.trace.seq2seq_lanes import check_side
+from fastedit.trace.seq2seq_neurons import Seq2SeqNeurons, own_decoded, source_questions
 
 __all__ = [
     "Continuation",
@@ -46,6 +50,7 @@ __all__ = [
 
 Grid = Literal["left", "right", "ends"]
 Continuation = Literal["argmax", "answer", "fixed"]
+Positions = Literal["answer", "all"]
 Neuron = tuple[int, int]
 
 _SHARE = 0.6  # of the free memory
@@ -68,6 +73,9 @@ class NeuronOptions(MethodConfig):
         adaptive_threshold: a prompt's neurons score more than this share of its highest score.
         p: the fact's neurons are those of more than this share of its prompts.
         memory_budget: bytes that the sweep may keep for its backward; ``None``: what is free. Changes no result.
+        positions: of an encoder-decoder, whose activations are scaled: those of the decoder's token that predicts the
+            answer, or of ``"all"`` its tokens (EasyEdit); see `fastedit.trace.seq2seq_neurons`.
+        decoder_prefix: of an encoder-decoder, text between the decoder's start token and the answer.
     """
 
     layers: tuple[int, ...] | None = None
@@ -78,6 +86,8 @@ class NeuronOptions(MethodConfig):
     adaptive_threshold: float = 0.2
     p: float = 0.4
     memory_budget: int | None = None
+    positions: Positions = "answer"
+    decoder_prefix: str | None = None
 
     def __post_init__(self) -> None:
         layers, steps = self.layers, self.steps
@@ -90,7 +100,14 @@ class NeuronOptions(MethodConfig):
             check(ok, "layers", "be a non-empty list of integers >= 0, or None", layers)
             check(len(set(layers)) == len(layers), "layers", "not repeat a layer", layers)
         check(is_integer(steps) and steps >= 1, "steps", "be an integer >= 1", steps)
-        for name, choices in (("grid", Grid), ("activation", Activation), ("continuation", Continuation)):
+        check_side(None, "all", self.decoder_prefix)
+        choice = {
+            "grid": Grid,
+            "activation": Activation,
+            "continuation": Continuation,
+            "positions": Positions,
+        }
+        for name, choices in choice.items():
             value = getattr(self, name)
             check(value in get_args(choices), name, f"be one of {', '.join(get_args(choices))}", value)
         for name in ("adaptive_threshold", "p"):
@@ -120,7 +137,7 @@ def find_neurons(
 
     Raises:
         ValueError: no prompt, a blank prompt or answer, a prompt and answer longer than the model takes, no such layer,
-            an encoder-decoder, or scores that are not finite.
+            options of encoder-decoders for another model, or scores that are not finite.
     """
     listed = _listed(prompts)
     if answer is not None:
@@ -133,7 +150,8 @@ def find_neurons(
         encoded = [encode_question(session, prompt) for prompt in listed]
         target = target_ids(session.tokenizer, answer) if answer is not None else None
         if target is None:
-            target = own_answer(session, encoded[0][0], 1, position=encoded[0][1])
+            first, position = encoded[0]
+            target = own_answer(session, first, 1, position=position, prefix=options.decoder_prefix)
         scores, activations, probability = attribute(
             session, [(ids, position, tuple(target)) for ids, position in encoded], layers, options
         )
@@ -196,20 +214,27 @@ def _engine(
     rows: Sequence[tuple[Sequence[int], int, Sequence[int]]],
     layers: Sequence[int],
     options: NeuronOptions,
-) -> NeuronSweep | NeuronRows:
+) -> NeuronSweep | NeuronRows | Seq2SeqNeurons:
     arch = session.arch
+    budget = options.memory_budget or int(_SHARE * free_memory(session.device))
+    points = fractions(options.steps, options.grid)
+    if is_encoder_decoder(arch):
+        asked = [one for ids, _, answer in rows for one in source_questions(session, ids, answer, options)]
+        return Seq2SeqNeurons(session, asked, layers, points, options, budget)
     questions: list[Question] = []
     for ids, position, answer in rows:
         questions += _questions(session, ids, position, answer, options.continuation)
-    budget = options.memory_budget or int(_SHARE * free_memory(session.device))
-    points = fractions(options.steps, options.grid)
     whole = arch.row.side == "encoder" or not_handed_over(arch) is not None
     made = NeuronRows if whole else NeuronSweep
     return made(arch, questions, layers, points, options.activation, budget)
 
 
-def own_answer(session: Session, ids: Sequence[int], count: int, *, position: int = -1) -> list[int]:
-    """The model's likeliest ``count`` tokens after a prompt, each given those before."""
+def own_answer(
+    session: Session, ids: Sequence[int], count: int, *, position: int = -1, prefix: str | None = None
+) -> list[int]:
+    """The model's likeliest ``count`` tokens after a prompt (and a decoder's prefix), each given those before."""
+    if is_encoder_decoder(session.arch):
+        return own_decoded(session, ids, decoder_ids(session, prefix), count)
     row, found = list(ids), list[int]()
     for _ in range(count):
         with torch.no_grad():
@@ -268,6 +293,11 @@ def encode_question(session: Session, prompt: str) -> tuple[tuple[int, ...], int
             )
         return ids, masks[0]
     row = encode_prompt(tokenizer, prompt)
+    if is_encoder_decoder(session.arch):
+        limit = position_limit(session.arch)
+        ok = limit is None or len(row) <= limit
+        check(ok, "prompts", f"have at most {limit} tokens, the model's positions", len(row))
+        return row.ids, row.target_start
     return row.ids[: row.target_start + 1], row.target_start
 
 
@@ -287,10 +317,10 @@ def _listed(prompts: str | Sequence[str]) -> list[str]:
 
 def _layers(arch: ResolvedArch, options: NeuronOptions) -> tuple[int, ...]:
     """Attributed layers, checked, ascending."""
-    if getattr(arch.model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: neurons are attributed in causal and masked models, got model_type={arch.row.model_type!r}"
-        )
+    if not is_encoder_decoder(arch):
+        for name, value in (("positions", "answer"), ("decoder_prefix", None)):
+            given = getattr(options, name)
+            check(given == value, name, f"be {value!r} for a model that is no encoder-decoder", given)
     layers = tuple(range(arch.depth)) if options.layers is None else tuple(sorted(options.layers))
     for layer in layers:
         arch.check_layer(layer)

@@ -11,7 +11,7 @@ import torch
 from reference.trace_seq2seq import severed as twin_severed
 from reference.trace_seq2seq import trace as twin_trace
 from tiny import tiny_model, tiny_tokenizer
-from tokenizers import processors
+from tiny_seq2seq import PREFIX, VARIANTS, session_of
 
 from fastedit.arch import resolve
 from fastedit.editor import Editor
@@ -19,31 +19,9 @@ from fastedit.session import Session
 from fastedit.trace import Noise, TraceOptions, TracePrompt, encode_trace, trace_prompts
 from fastedit.trace.seq2seq import decoder_ids
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "v1.0": {},
-    "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-}
 EVERY = ("hidden", "mlp", "attn", "severed_mlp", "severed_attn")
 DECODER = (*EVERY, "cross", "severed_cross")
 TEXT, SUBJECT = "The sport of LeBron James is the", "LeBron James"
-PREFIX = "<pad> the city"
-
-
-def tokenizer() -> Any:
-    """Texts end in EOS, as T5's do."""
-    made = tiny_tokenizer()
-    end = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
-    made.backend_tokenizer.post_processor = processors.Sequence([made.backend_tokenizer.post_processor, end])
-    return made
-
-
-def session_of(variant: str, dtype: torch.dtype = torch.float64, **options: Any) -> Session:
-    settings = {"num_layers": 4, "num_decoder_layers": 3, "decoder_start_token_id": 1, **VARIANTS[variant]}
-    model: Any = tiny_model("t5", dtype=dtype, **{**settings, **options})
-    if variant == "v1.0":
-        # Its head divides by the root of the width, so its embeddings are large.
-        model.shared.weight.data *= 5
-    return Session(model, tokenizer())
 
 
 def draws(session: Session, prompt: TracePrompt, samples: int = 2, sets: int = 1) -> list[torch.Tensor]:
