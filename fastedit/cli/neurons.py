@@ -48,6 +48,16 @@ def neurons(
     share: Annotated[
         float, typer.Option(help="Chosen neurons are of more than this share of prompts.")
     ] = 0.4,
+    positions: Annotated[
+        str, typer.Option(help="Of an encoder-decoder: the decoder's token that predicts the answer, or all.")
+    ] = "answer",
+    decoder_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder: what the decoder has before the answer, e.g. '<extra_id_0>'.",
+            show_default=False,
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Neurons to list, best first.")] = 20,
     out: Annotated[
         Path | None,
@@ -84,8 +94,10 @@ def neurons(
         continuation=continuation,  # type: ignore[arg-type]
         adaptive_threshold=threshold,
         p=share,
+        positions=positions,  # type: ignore[arg-type]
+        decoder_prefix=decoder_prefix,
     )
-    editor = open_model(model, dtype=dtype, device=device).editor
+    editor = open_model(model, dtype=dtype, device=device, encoder_decoder=True).editor
     found = editor.neurons(prompt, answer, **options.to_dict())
     if out is not None:
         with saving(out):

@@ -66,6 +66,20 @@ def trace(
         bool, typer.Option("--replace", help="Noise in place of the embeddings instead of on them.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 1,
+    side: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder: encoder (the default) or decoder, which has cross and severed_cross, too.",
+            show_default=False,
+        ),
+    ] = None,
+    decoder_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder: what the decoder has before the answer, e.g. '<extra_id_0>'.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Facts that are traced together.")] = 4,
     all_facts: Annotated[
         bool, typer.Option("--all-facts", help="Also average facts that the model does not predict.")
@@ -115,21 +129,22 @@ def trace(
         seed=seed,
     )
     chosen = tuple(kind.strip() for kind in kinds.split(","))
-    options = TraceOptions(kinds=chosen, window=window, tokens=tokens, noise=rule)  # type: ignore[arg-type]
+    of_both: Any = {"side": side, "decoder_prefix": decoder_prefix}
+    options = TraceOptions(kinds=chosen, window=window, tokens=tokens, noise=rule, **of_both)  # type: ignore[arg-type]
     check_plot(plot, force=force, out=out)
     if prompt is not None and subject is not None:
         check_output(out, force=force)
         if out is not None and out.suffix not in (".npz", ".json"):
             raise ValueError(f"--out must end in .npz or .json for a prompt, got {str(out)!r}")
-        editor = open_model(model, dtype=dtype, device=device).editor
+        editor = open_model(model, dtype=dtype, device=device, encoder_decoder=True).editor
         found: Any = editor.trace(
-            prompt, subject, answer=answer, kinds=chosen, window=window, tokens=tokens, noise=rule
+            prompt, subject, answer=answer, kinds=chosen, window=window, tokens=tokens, noise=rule, **of_both
         )
         _deliver(found, out, plot, json, model)
         return
     check_output(out, force=True, folder=True, added=True)
     listed = None if facts is None else read_facts(facts, limit=limit)
-    opened = open_model(model, dtype=dtype, device=device)
+    opened = open_model(model, dtype=dtype, device=device, encoder_decoder=True)
     if listed is None:
         listed = _world_facts(opened, limit)
     with _folder(out) as folder:
