@@ -83,6 +83,11 @@ class Encodings:
     keep: bool = False
     _kept: dict[int, KeysValues] = field(default_factory=dict)
 
+    def part(self, start: int, stop: int) -> Encodings:
+        """Those from ``start`` to ``stop`` alone, views of these."""
+        kept = {layer: (k[start:stop], v[start:stop]) for layer, (k, v) in self._kept.items()}
+        return Encodings(self.states[start:stop], self.keep, kept)
+
     def keys_values(self, layer: int, module: Any) -> KeysValues:
         """``[m, H, T, D]`` each."""
         if layer in self._kept:

@@ -27,12 +27,13 @@ from fastedit.engine.encoder_decoder import Decoder, Encoder, Encodings, decoder
 from fastedit.engine.fused import fused_activations
 from fastedit.forward import evaluating
 from fastedit.session import Session
-from fastedit.trace.budget import Budget, combined
+from fastedit.trace.budget import combined
 from fastedit.trace.causal import TraceOptions, noises_of
 from fastedit.trace.lanes import Lane
 from fastedit.trace.neurons_clean import last_layer_probability
 from fastedit.trace.prompts import TracePrompt
 from fastedit.trace.result import CausalTrace
+from fastedit.trace.seq2seq_budget import SideBudget
 from fastedit.trace.seq2seq_lanes import severs, side_families
 from fastedit.trace.seq2seq_sweep import DecoderSide, EncoderSide, Side
 
@@ -77,16 +78,16 @@ def trace_seq2seq(
     noises = noises_of(session, encoder, prompts, options, subjects, draws)
     names = {kind.removeprefix("severed_") for kind in options.kinds if kind != "hidden"}
     arch = session.arch if options.side == "decoder" else encoder
-    budget = Budget.of(arch, options.memory, len(names))
     found = []
     with evaluating(session.model), fused_activations(session.arch):
         for prompt, sets in zip(prompts, noises, strict=True):
             samples = len(sets[0])
+            budget = SideBudget.of(arch, session.arch, options.memory, len(names), len(prompt), len(behind))
             step = max(1, min(samples, (budget.kept // len(prompt) - 1) // len(sets)))
             parts = []
             for start in range(0, samples, step):
                 some = tuple(rows[start : start + step] for rows in sets)
-                one = _One(session, prompt, behind, some, options, sorted(names), budget.run)
+                one = _One(session, prompt, behind, some, options, sorted(names), budget)
                 parts.append((len(some[0]), one.trace()))
             found.append(combined(parts))
     return found
@@ -103,10 +104,10 @@ class _One:
         sets: tuple[Tensor, ...],
         options: TraceOptions,
         parts: Sequence[str],
-        batch_tokens: int,
+        budget: SideBudget,
     ) -> None:
         self._session, self._prompt, self._sets, self._options = session, prompt, sets, options
-        self._behind, self._batch_tokens = behind, batch_tokens
+        self._behind, self._budget = behind, budget
         self._on_decoder = options.side == "decoder"
         arch = session.arch
         encoder = Encoder(arch, len(prompt))
@@ -186,12 +187,14 @@ class _One:
 
     def _decoded(self, states: Tensor) -> Tensor:
         """``[n, d]`` last decoder block's output at the last token, for encodings ``[n, T, d]``."""
-        hidden = self._start.expand(len(states), -1, -1)
-        encodings = Encodings(states)
+        found = []
         with torch.no_grad(), self._decoder.running():
-            for layer in range(self._decoder.arch.depth):
-                hidden, _ = self._decoder.block(layer, hidden, encodings)
-        return hidden[:, -1]
+            for some in states.split(self._budget.decoded):
+                hidden, encodings = self._start.expand(len(some), -1, -1), Encodings(some)
+                for layer in range(self._decoder.arch.depth):
+                    hidden, _ = self._decoder.block(layer, hidden, encodings)
+                found.append(hidden[:, -1])
+        return torch.cat(found)
 
     def _plain(self) -> tuple[int, int, float, list[float]]:
         """The answer, the clean run's prediction, its probability, and the corrupted one's by set of draws."""
@@ -236,11 +239,11 @@ class _One:
             group: list[Lane] = []
             for family in sorted(listed, key=lambda family: -family[0].start):
                 cost = (length - token) * len(family)
-                if (step := max(1, self._batch_tokens // cost)) < len(every):
+                if (step := max(1, self._budget.run // cost)) < len(every):
                     for start in range(0, len(every), step):
                         yield list(family), every[start : start + step], chosen
                     continue
-                if group and (len(group) + len(family)) * (length - token) * len(every) > self._batch_tokens:
+                if group and (len(group) + len(family)) * (length - token) * len(every) > self._budget.run:
                     yield group, every, chosen
                     group = []
                 group += family

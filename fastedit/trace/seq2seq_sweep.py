@@ -41,7 +41,7 @@ class Side:
         self._patch: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # part -> rows, tokens, values
 
     def block(self, layer: int, hidden: Tensor, rows: Sequence[int], first: int) -> Tensor:
-        """Output of a block for lanes one behind the other, each of the rows ``rows``, tokens from ``first`` on."""
+        """Output of a block for lanes one behind the other, each of the adjacent rows ``rows``, from ``first`` on."""
         raise NotImplementedError
 
     def record(self, hidden: Tensor) -> None:
@@ -192,21 +192,22 @@ class DecoderSide(Side):
     def __init__(self, decoder: Decoder, states: Tensor, parts: Sequence[str], samples: int) -> None:
         """states: ``[R, T, d]``, the clean encoding and the corrupted ones."""
         super().__init__(decoder.arch, parts, samples)
-        self._decoder, self._states = decoder, states
-        self._encodings: dict[tuple[int, ...], Encodings] = {}
+        self._decoder = decoder
+        self._encodings = Encodings(states, keep=True)
         self._past: list[KeysValues] = []
 
     def block(self, layer: int, hidden: Tensor, rows: Sequence[int], first: int) -> Tensor:
         """See `Side.block`."""
-        key = tuple(rows)
-        if key not in self._encodings:
-            self._encodings[key] = Encodings(self._states[list(key)], keep=True)
+        start, stop = rows[0], rows[-1] + 1
         past = None
         if first:
-            lanes = len(hidden) // len(key)
-            k, v = (old[list(key), :, :first].repeat(lanes, 1, 1, 1) for old in self._past[layer])
+            lanes = len(hidden) // len(rows)
+            k, v = (old[start:stop, :, :first].repeat(lanes, 1, 1, 1) for old in self._past[layer])
             past = k, v
-        output, seen = self._decoder.block(layer, hidden, self._encodings[key], first=first, past=past)
+        # The pass that records makes keys and values of all rows.
+        whole = stop - start == len(self._encodings.states)
+        encodings = self._encodings if whole else self._encodings.part(start, stop)
+        output, seen = self._decoder.block(layer, hidden, encodings, first=first, past=past)
         if len(self._past) == layer:
             self._past.append(seen)
         return output
