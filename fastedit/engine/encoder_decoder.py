@@ -185,7 +185,7 @@ class Decoder:
             encodings = self._calling().encodings
             m, (n, w, _) = len(encodings.states), hidden_states.shape
             # Rows of one encoding side by side: they are one row of queries to it.
-            rows = hidden_states.view(n // m, m, w, -1).transpose(0, 1).reshape(m, n // m * w, -1)
+            rows = hidden_states.reshape(n // m, m, w, -1).transpose(0, 1).reshape(m, n // m * w, -1)
             q = _heads(module.q(rows), module)
             if _cheaper_absorbed(module, q, encodings):
                 found = _absorbed(module, q, encodings.states.to(q.device))
@@ -193,7 +193,7 @@ class Decoder:
                 k, v = encodings.keys_values(layer, module)
                 found = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
             out = module.o(_joined(found))
-            return out.view(m, n // m, w, -1).transpose(0, 1).reshape(n, w, -1), None, None
+            return out.reshape(m, n // m, w, -1).transpose(0, 1).reshape(n, w, -1), None, None
 
         return forward
 
