@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a CUDA device, in one command: PYTHON=python3 bench/gpu.sh [OUTDIR]
 #
-# Builds fastedit._cuda in place, runs the tests marked gpu, the op benches and the engine benches on the device, and
+# Builds fastedit._cuda in place, runs the tests marked gpu, the benches of ops, engines, tracing and neurons there, and
 # collects bench/results/<device>-<date>.json and a table. Needs a Python with a CUDA build of torch, transformers, pytest,
 # pytest-benchmark, pytest-timeout and hypothesis, and nvcc with cmake and pybind11 for the build; no network.
 #
@@ -92,9 +92,11 @@ part ceilings 60 "$python" "$root/bench/gpu_report.py" ceilings "$scratch/ceilin
 part tests 240 bash -c 'run_pytest "$@"' _ --junitxml="$scratch/tests.xml" "$root/tests"
 part engines-latency 200 bash -c 'run_pytest "$@"' _ -s "$root/bench/test_engines_gpu.py" -k latency
 part engines-memit 300 bash -c 'run_pytest "$@"' _ -s "$root/bench/test_engines_gpu.py" -k memit
+part seeing-neurons 200 bash -c 'run_pytest "$@"' _ -s "$root/bench/test_seeing_gpu.py" -k neurons
+part seeing-trace 200 bash -c 'run_pytest "$@"' _ -s "$root/bench/test_seeing_gpu.py" -k trace
 for file in "$root"/bench/test_*.py; do
   name=$(basename "$file" .py)
-  if [ "$name" != test_engines_gpu ] && grep -q 'mark\.gpu' "$file"; then
+  if [[ ! $name =~ ^test_(engines|seeing)_gpu$ ]] && grep -q 'mark\.gpu' "$file"; then
     part "op-${name#test_}" 240 bash -c 'run_pytest "$@"' _ --benchmark-enable \
       --benchmark-json="$scratch/op-${name#test_}.json" -k "${OPS:-gpu and not gpt2 and not llama}" "$file"
   fi

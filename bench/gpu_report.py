@@ -145,7 +145,7 @@ def collect(out: Path) -> None:
     name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") if device == "cuda" else "dry"
     noted = parts(out)
     engines: dict[str, Any] = {}
-    for path in sorted(out.glob("*-engines.json")):
+    for path in sorted([*out.glob("*-engines.json"), *out.glob("*-seeing.json")]):
         engines |= json.loads(path.read_text())
     lines = table(noted)
     for section, figures in engines.items():

@@ -3,9 +3,9 @@
 One thread, process time, fp32, both in one process. The twin runs SAMPLED layers and is scaled: its time falls linearly
 with the layer (the backward ends there), and the sampled layers' mean is the mean of all. Scores are compared on them;
 tests/trace/test_neurons.py compares every layer of smaller models. The twin is timed before and after ours and
-averaged. Figures go to bench/results/cpu-neurons.json.
+averaged. Figures go to bench/results/cpu-neurons.json, a section a length of the prompt.
 
-FASTEDIT_BENCH_TOKENS (20) shortens the prompt; a shorter one is neither judged nor recorded.
+FASTEDIT_BENCH_LAYERS (24) shortens a run; a short one is neither judged nor recorded.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from reference.neurons import layer_scores
 from twin_cost import timed
 
 from fastedit.trace.neurons import NeuronOptions, attribute, fractions
+from fastedit.trace.neurons_questions import Row
 
-TOKENS = int(os.environ.get("FASTEDIT_BENCH_TOKENS", "20"))
+LAYERS = int(os.environ.get("FASTEDIT_BENCH_LAYERS", "24"))
 STEPS = 20
-SAMPLED = (0, 7, 16, 23)  # mean 11.5, as of layers 0 .. 23
+# The mean of the sampled layers is that of all.
+SAMPLED = (0, 7, 16, 23) if LAYERS == 24 else (0, LAYERS - 1)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
 def ed() -> Iterator[Any]:
-    yield made.editor()
+    yield made.editor({**made.GPT2_MEDIUM, "n_layer": LAYERS})
 
 
-def test_neurons(benchmark: Any, ed: Any) -> None:
+@pytest.mark.parametrize("tokens", [20, 10])
+def test_neurons(benchmark: Any, ed: Any, tokens: int) -> None:
     arch = ed.session.arch
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, made.GPT2_MEDIUM["vocab_size"], (TOKENS,), generator=generator).tolist()
+    ids = torch.randint(0, made.GPT2_MEDIUM["vocab_size"], (tokens,), generator=generator).tolist()
     answer, options = 123, NeuronOptions(steps=STEPS)
 
     def naive(layer: int) -> Any:
@@ -47,7 +50,7 @@ def test_neurons(benchmark: Any, ed: Any) -> None:
 
     def ours() -> Any:
         layers = list(range(arch.depth))
-        return attribute(ed.session, [(ids, len(ids) - 1, [answer])], layers, options)[0][0]
+        return attribute(ed.session, [(Row(tuple(ids), len(ids) - 1), (answer,))], layers, options)[0][0]
 
     naive(SAMPLED[-1])  # warm
     before = [timed(lambda layer=layer: naive(layer)) for layer in SAMPLED]
@@ -62,7 +65,7 @@ def test_neurons(benchmark: Any, ed: Any) -> None:
     first, later = (sum(time for time, _ in rows) / len(SAMPLED) for rows in (before, after))
     twin = arch.depth * (first + later) / 2
     figures = {
-        "tokens": TOKENS,
+        "tokens": tokens,
         "steps": STEPS,
         "layers": arch.depth,
         "seconds": seconds,
@@ -72,4 +75,5 @@ def test_neurons(benchmark: Any, ed: Any) -> None:
         "ratio": twin / seconds,
         "error": max(errors),
     }
-    report("cpu-neurons", "neurons", benchmark, figures, {"ratio": 10.0}, judged=TOKENS >= 20)
+    section = f"neurons, {tokens} tokens"
+    report("cpu-neurons", section, benchmark, figures, {"ratio": 10.0}, judged=LAYERS == 24)

@@ -155,6 +155,8 @@ _FAMILIES: Mapping[tuple[str, int, int], str] = {
     ("gptj", 28, 4096): "gpt-j-6b",
     ("gpt_neox", 44, 6144): "gpt-neox-20b",
     ("llama", 32, 4096): "llama-2-7b",
+    ("bert", 12, 768): "bert-base",
+    ("bert", 24, 1024): "bert-large",
 }
 
 

@@ -213,7 +213,8 @@ class Editor:
         *,
         answer: str | None = None,
         subjects: Sequence[str] | None = None,
-        draws: Sequence[Tensor] | None = None,
+        texts: Iterable[str] | None = None,
+        draws: Tensor | Sequence[Tensor] | None = None,
         **options: Any,
     ) -> CausalTrace:
         """Where the model holds an answer: its probability with one (token, layer) restored, for all of them.
@@ -224,20 +225,23 @@ class Editor:
             prompt: with the subject in it, or one ``{}`` in its place.
             answer: whose probability is read (its first token); ``None``: what the model predicts.
             subjects: whose embeddings the noise is scaled by; ``None``: this one's.
+            texts: corpus of the noise rules that are measured on one.
             draws: noise ``[samples, subject's tokens, d]`` to use as it is; a second set serves severed kinds.
             options: fields of ``fastedit.trace.TraceOptions``: kinds, window, tokens, noise, memory; of an
                 encoder-decoder also side and decoder_prefix.
 
         Raises:
-            ValueError: bad prompt, subject, answer or option, or a clean run that gives NaN.
+            ValueError: bad prompt, subject, answer, draws or option, or a run that gives NaN or infinity.
             NotImplementedError: a model that cannot be traced; the message says why.
         """
+        from fastedit.config import from_mapping
         from fastedit.trace import TraceOptions, encode_trace, trace_prompts
 
-        checked = TraceOptions(**options)
+        checked = from_mapping(TraceOptions, options)
         encoded = encode_trace(self.session, prompt, subject, answer)
-        given = None if draws is None else [draws]
-        return trace_prompts(self.session, [encoded], checked, subjects=subjects, draws=given)[0]
+        sets = [draws] if isinstance(draws, Tensor) else draws
+        given = None if sets is None else [sets]
+        return trace_prompts(self.session, [encoded], checked, subjects=subjects, texts=texts, draws=given)[0]
 
     def neurons(self, prompts: str | Sequence[str], answer: str | None = None, **options: Any) -> Neurons:
         """Which MLP neurons an answer depends on: integrated gradients of all layers in one sweep.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,14 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = ["neurons"]
 
+# Options of the command that `NeuronOptions` has under another name.
+_NAMES = {"--threshold": "adaptive_threshold", "--share": "p", "--decoder-prefix": "decoder_prefix"}
+
 
 def neurons(
     model: Model,
     prompt: Annotated[
         list[str],
         typer.Option(
-            help="A prompt that the answer follows; given several times, prompts of one fact whose shared neurons "
-            "are chosen.",
+            help="A prompt that the answer follows (BERT: with its mask token); given several times, prompts of one "
+            "fact whose shared neurons are chosen.",
             show_default=False,
         ),
     ],
@@ -40,14 +45,30 @@ def neurons(
         str, typer.Option(help="activation, or pre_activation (as EasyEdit has it for GPT-2 and Llama).")
     ] = "activation",
     continuation: Annotated[
-        str, typer.Option(help="What later tokens of an answer follow: argmax, answer or fixed.")
-    ] = "argmax",
+        str | None,
+        typer.Option(
+            help="What later tokens of an --answer follow: argmax (the model's own), answer or fixed. "
+            "Default: argmax.",
+            show_default=False,
+        ),
+    ] = None,
     threshold: Annotated[
         float, typer.Option(help="A prompt's neurons score above this share of its highest score.")
     ] = 0.2,
     share: Annotated[
-        float, typer.Option(help="Chosen neurons are of more than this share of prompts.")
-    ] = 0.4,
+        float | None,
+        typer.Option(
+            help="Of several prompts: chosen neurons are of more than this share of them. Default: 0.4.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory above the model that may be taken, e.g. 500MB or 2GB. Default: a part of what is free.",
+            show_default=False,
+        ),
+    ] = None,
     positions: Annotated[
         str, typer.Option(help="Of an encoder-decoder: the decoder's token that predicts the answer, or all.")
     ] = "answer",
@@ -77,41 +98,88 @@ def neurons(
     """Find the neurons that an answer depends on, by integrated gradients over all layers."""
     from fastedit.cli.console import emit_json
     from fastedit.cli.inputs import at_least_one, open_model
-    from fastedit.cli.outputs import check_output, check_plot, saving
-    from fastedit.cli.settings import parse_layers
-    from fastedit.trace.neurons import NeuronOptions
+    from fastedit.cli.outputs import saving
+
+    _check_files(out, plot, force)
+    at_least_one("--top", top)
+    given = _options(
+        prompt,
+        answer,
+        {
+            "--layers": layers,
+            "--steps": steps,
+            "--grid": grid,
+            "--activation": activation,
+            "--continuation": continuation,
+            "--threshold": threshold,
+            "--share": share,
+            "--memory": memory,
+            "--positions": positions,
+            "--decoder-prefix": decoder_prefix,
+        },
+    )
+    editor = open_model(model, dtype=dtype, device=device, encoder_decoder=True).editor
+    found = editor.neurons(prompt, answer, **given)
+    written: list[Path] = []
+    if out is not None:
+        with saving(out):
+            written.append(found.save(out))
+    if plot is not None:
+        with saving(plot):
+            written.append(found.plot(plot))
+    if json:
+        emit_json({"model": model, **found.to_dict(top), "files": [str(path) for path in written]})
+        return
+    _show(found, top, written)
+
+
+def _check_files(out: Path | None, plot: Path | None, force: bool) -> None:
+    """Every file that will be written, before the model is opened."""
+    from fastedit.cli.outputs import check_output, check_plot
 
     check_output(out, force=force)
     if out is not None and out.suffix not in (".json", ".npz"):
         raise ValueError(f"--out must end in .json or .npz, got {str(out)!r}")
     check_plot(plot, force=force, out=out)
-    at_least_one("--top", top)
-    options = NeuronOptions(
-        layers=None if layers is None else tuple(parse_layers(layers)),
-        steps=steps,
-        grid=grid,  # type: ignore[arg-type]
-        activation=activation,  # type: ignore[arg-type]
-        continuation=continuation,  # type: ignore[arg-type]
-        adaptive_threshold=threshold,
-        p=share,
-        positions=positions,  # type: ignore[arg-type]
-        decoder_prefix=decoder_prefix,
-    )
-    editor = open_model(model, dtype=dtype, device=device, encoder_decoder=True).editor
-    found = editor.neurons(prompt, answer, **options.to_dict())
-    if out is not None:
-        with saving(out):
-            found.save(out)
-    if plot is not None:
-        with saving(plot):
-            found.plot(plot)
-    if json:
-        emit_json({"model": model, **found.to_dict()})
-        return
-    _show(found, top)
+    if plot is not None and find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib: pip install 'fastedit-kernels[plot]'")
+    if force and out is None and plot is None:
+        raise ValueError("--force needs --out or --plot, got neither")
 
 
-def _show(found: Neurons, count: int) -> None:
+def _options(prompts: list[str], answer: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `Editor.neurons` from those of the command, each checked under the command's name for it."""
+    from fastedit.cli.settings import parse_bytes, parse_layers
+    from fastedit.config import from_mapping
+    from fastedit.trace.neurons_options import NeuronOptions
+
+    for text in prompts:
+        if not text.strip():
+            raise ValueError(f"--prompt must not be blank, got {text!r}")
+    if answer is not None and not answer.strip():
+        raise ValueError(f"--answer must not be blank, got {answer!r}")
+    if len(prompts) == 1 and given["--share"] is not None:
+        raise ValueError(f"--share needs several --prompt, got {given['--share']} with one")
+    if answer is None and given["--continuation"] is not None:
+        raise ValueError(f"--continuation needs --answer, got {given['--continuation']!r} without one")
+    chosen: dict[str, Any] = {}
+    for option, value in given.items():
+        name = _NAMES.get(option, option.removeprefix("--"))
+        if value is None:
+            continue
+        if option == "--layers":
+            value = tuple(parse_layers(value))
+        if option == "--memory":
+            value = parse_bytes(value)
+        try:
+            from_mapping(NeuronOptions, {name: value})
+        except ValueError as error:
+            raise ValueError(f"{option}{str(error).removeprefix(name)}") from error
+        chosen[name] = value
+    return chosen
+
+
+def _show(found: Neurons, count: int, written: Sequence[Path]) -> None:
     from rich.table import Table
 
     from fastedit.cli.console import line, results
@@ -123,7 +191,10 @@ def _show(found: Neurons, count: int) -> None:
     for layer, neuron, score in found.top(count):
         table.add_row(str(layer), str(neuron), f"{score:.4g}", "yes" if (layer, neuron) in chosen else "")
     results().print(table)
-    line(f"{len(chosen)} knowledge neurons; probability {found.probability[0]:.4f}")
+    likely = ", ".join(f"{p:.4f}" for p in found.probability)
+    line(f"{len(chosen)} knowledge neurons; probability {likely}")
     for layer, number in found.per_layer().items():
         if number:
             line(f"  layer {layer}: {number}")
+    for path in written:
+        line(f"saved {path}")

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["parse_layers", "read_settings"]
+__all__ = ["parse_bytes", "parse_layers", "read_settings"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def read_settings(
@@ -66,6 +68,16 @@ def parse_layers(text: str, option: str = "--layers") -> list[int]:
     if len(set(layers)) < len(layers):
         raise ValueError(f"{option} must not repeat a layer, got {text!r}")
     return layers
+
+
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """``"500MB"``, ``"1.5 GB"``, ``"2GiB"`` or a number of bytes. ValueError for anything else, and below one byte."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    unit = None if found is None else _UNITS.get(found[2].upper())
+    size = 0 if found is None or unit is None else int(float(found[1]) * unit)
+    if size < 1:
+        raise ValueError(f"{option} must be a size like 500MB or 2GB, got {text!r}")
+    return size
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:

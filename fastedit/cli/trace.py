@@ -14,14 +14,15 @@ from fastedit.cli.options import Device, Dtype, Force, Json, Model
 
 if TYPE_CHECKING:
     from fastedit.cli.inputs import Opened
-    from fastedit.trace import CausalTrace, TraceOptions
+    from fastedit.trace import Noise, TraceOptions
     from fastedit.trace.average import AverageTrace
     from fastedit.trace.facts import TraceFact
-    from fastedit.trace.study import StudyProgress
 
 __all__ = ["trace"]
 
 _WORLD_FACTS = 40
+_BATCH = 4
+_TEXTS = 1000
 
 
 def trace(
@@ -53,12 +54,27 @@ def trace(
     tokens: Annotated[str, typer.Option(help="all, or subject_last: the subject's last token only.")] = "all",
     samples: Annotated[int, typer.Option(help="Draws of noise.")] = 10,
     noise: Annotated[
-        float, typer.Option(help="Noise in standard deviations of the subjects' embeddings.")
-    ] = 3.0,
-    scale: Annotated[
-        float | None, typer.Option(help="Noise itself, instead of --noise.", show_default=False)
+        str,
+        typer.Option(
+            help="s3: 3 standard deviations of the subjects' embeddings; a number: that scale itself; or with the "
+            "distribution: u0.2 (uniform), m (multivariate), t4 (student, 4 degrees)."
+        ),
+    ] = "s3",
+    distribution: Annotated[
+        str | None,
+        typer.Option(
+            help="gaussian; uniform; multivariate: Gaussian with the mean and covariance of a corpus' embeddings; "
+            "student: the same, t-distributed. Default: as --noise says.",
+            show_default=False,
+        ),
     ] = None,
-    distribution: Annotated[str, typer.Option(help="gaussian or uniform.")] = "gaussian",
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Corpus of multivariate and student noise. Embedded models have their own.",
+            show_default=False,
+        ),
+    ] = None,
     per_dimension: Annotated[
         bool, typer.Option("--per-dimension", help="A standard deviation for every dimension.")
     ] = False,
@@ -80,7 +96,16 @@ def trace(
             show_default=False,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Facts that are traced together.")] = 4,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that the sweep may take above the model, such as 2GB. Default: a part of what is free.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Facts that are traced together. Default: 4.", show_default=False)
+    ] = None,
     all_facts: Annotated[
         bool, typer.Option("--all-facts", help="Also average facts that the model does not predict.")
     ] = False,
@@ -102,10 +127,14 @@ def trace(
     json: Json = False,
 ) -> None:
     """Show where a model holds an answer: restore one token and layer at a time in a corrupted run."""
+    from fastedit.cli.console import log
     from fastedit.cli.inputs import at_least_one, open_model
     from fastedit.cli.outputs import check_output, check_plot
-    from fastedit.trace import Noise, TraceOptions
+    from fastedit.cli.settings import parse_bytes
+    from fastedit.cli.trace_report import deliver
+    from fastedit.trace import TraceOptions
     from fastedit.trace.facts import read_facts
+    from fastedit.trace.result import trace_files
 
     if (prompt is None) != (subject is None):
         raise ValueError("--prompt and --subject must be given together, got only one of them")
@@ -117,39 +146,93 @@ def trace(
         )
     if prompt is None and answer is not None:
         raise ValueError(f"--answer needs --prompt, got {answer!r} without one")
+    of_facts = {"--limit": limit, "--batch": batch, "--all-facts": all_facts or None}
+    for option, value in of_facts.items():
+        if prompt is not None and value is not None:
+            raise ValueError(f"{option} is for many facts and must not be given with --prompt, got {value}")
     at_least_one("--limit", limit)
     at_least_one("--batch", batch)
-    rule = Noise(
+    rule = _noise(
+        noise,
+        distribution,
         samples=samples,
-        sigmas=noise,
-        scale=scale,
         per_dimension=per_dimension,
-        distribution=distribution,  # type: ignore[arg-type]
         replace=replace,
         seed=seed,
     )
-    chosen = tuple(kind.strip() for kind in kinds.split(","))
-    of_both: Any = {"side": side, "decoder_prefix": decoder_prefix}
-    options = TraceOptions(kinds=chosen, window=window, tokens=tokens, noise=rule, **of_both)  # type: ignore[arg-type]
+    if texts is not None and not rule.needs_corpus:
+        raise ValueError(f"--texts is for multivariate and student noise, got {str(texts)!r} without it")
+    if rule.needs_corpus and texts is None and not model.startswith("world:"):
+        raise ValueError(
+            f"--texts must be given for {rule.distribution} noise (only embedded models have a corpus)"
+        )
+    options = TraceOptions(
+        kinds=tuple(kind.strip() for kind in kinds.split(",")),
+        window=window,
+        tokens=tokens,  # type: ignore[arg-type]
+        noise=rule,
+        memory=None if memory is None else parse_bytes(memory),
+        side=side,  # type: ignore[arg-type]
+        decoder_prefix=decoder_prefix,
+    )
     check_plot(plot, force=force, out=out)
     if prompt is not None and subject is not None:
-        check_output(out, force=force)
         if out is not None and out.suffix not in (".npz", ".json"):
             raise ValueError(f"--out must end in .npz or .json for a prompt, got {str(out)!r}")
-        editor = open_model(model, dtype=dtype, device=device, encoder_decoder=True).editor
-        found: Any = editor.trace(
-            prompt, subject, answer=answer, kinds=chosen, window=window, tokens=tokens, noise=rule, **of_both
+        for file in [] if out is None else trace_files(out, options.kinds):
+            check_output(file, force=force)
+        corpus = _corpus(texts)
+        opened = open_model(model, dtype=dtype, device=device, encoder_decoder=True)
+        found: Any = opened.editor.trace(
+            prompt, subject, answer=answer, texts=_own(opened, rule, corpus), **vars(options)
         )
-        _deliver(found, out, plot, json, model)
+        deliver(found, out, plot, json, model)
         return
     check_output(out, force=True, folder=True, added=True)
     listed = None if facts is None else read_facts(facts, limit=limit)
+    if listed is not None and limit is not None and len(listed) < limit:
+        log(f"--limit {limit}: {facts} holds {len(listed)}")
+    corpus = _corpus(texts)
     opened = open_model(model, dtype=dtype, device=device, encoder_decoder=True)
     if listed is None:
         listed = _world_facts(opened, limit)
     with _folder(out) as folder:
-        found = _study(opened, listed, folder, options, batch, all_facts, resumable=out is not None)
-    _deliver(found, out, plot, json, model)
+        found = _study(
+            opened,
+            listed,
+            folder,
+            options,
+            batch or _BATCH,
+            all_facts,
+            _own(opened, rule, corpus),
+            resumable=out is not None,
+        )
+    deliver(found, out, plot, json, model)
+
+
+def _noise(code: str, distribution: str | None, **fields: Any) -> Noise:
+    from fastedit.trace import Noise
+    from fastedit.trace.noise_code import noise_fields
+
+    named = noise_fields(code, name="--noise")
+    if distribution is not None:
+        said = named.setdefault("distribution", distribution)
+        if said != distribution:
+            raise ValueError(f"--distribution must agree with --noise {code}, got {distribution!r}")
+    return Noise(**named, **fields)
+
+
+def _corpus(texts: Path | None) -> list[str] | None:
+    """As many texts as the published code takes."""
+    from fastedit.stats import read_corpus
+
+    return None if texts is None else list(read_corpus(texts, _TEXTS))
+
+
+def _own(opened: Opened, rule: Noise, corpus: list[str] | None) -> list[str] | None:
+    if corpus is not None or not rule.needs_corpus or opened.world is None:
+        return corpus
+    return opened.world.corpus(_TEXTS)
 
 
 def _world_facts(opened: Opened, limit: int | None) -> list[TraceFact]:
@@ -157,7 +240,10 @@ def _world_facts(opened: Opened, limit: int | None) -> list[TraceFact]:
 
     if opened.world is None:
         raise ValueError("--facts must be given for a model that is not embedded")
-    requests = opened.world.requests(limit or _WORLD_FACTS)
+    try:
+        requests = opened.world.requests(limit or _WORLD_FACTS)
+    except ValueError as error:
+        raise ValueError(f"--limit {limit}: {error}") from error
     return [TraceFact(r.id, r.prompt, r.subject, r.target_true) for r in requests]
 
 
@@ -177,101 +263,31 @@ def _study(
     options: TraceOptions,
     batch: int,
     all_facts: bool,
+    texts: Sequence[str] | None,
     *,
     resumable: bool,
 ) -> AverageTrace:
     from fastedit.cli.console import log
     from fastedit.cli.errors import Interrupted
     from fastedit.cli.outputs import saving
+    from fastedit.cli.trace_report import progress_bar
     from fastedit.trace.average import average
-    from fastedit.trace.study import trace_facts
+    from fastedit.trace.study import Study
 
-    log(f"tracing {len(facts)} facts" + ("; Ctrl-C keeps what is done" if resumable else ""))
+    with saving(folder):
+        try:
+            study = Study(opened.editor.session, facts, folder, options, texts=texts)
+        except ValueError as error:
+            if not str(error).startswith("directory "):
+                raise
+            raise ValueError(f"--out{str(error).removeprefix('directory')}") from error
+    there = f", {len(study.found)} of them done before" if study.found else ""
+    log(f"tracing {len(facts)} facts{there}" + ("; Ctrl-C keeps what is done" if resumable else ""))
     try:
-        with saving(folder), _bar(len(facts)) as progress:
-            traces = trace_facts(
-                opened.editor.session, facts, folder, options, batch=batch, progress=progress
-            )
+        with saving(folder), progress_bar(len(facts), len(study.found)) as progress:
+            traces = study.run(batch, progress)
     except KeyboardInterrupt:
         if not resumable:
             raise
         raise Interrupted(f"run the same command to go on; what is done is in {folder}") from None
     return average(traces, all_facts=all_facts)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("facts"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, detail="")
-
-        def report(state: StudyProgress) -> None:
-            left = "" if state.eta_seconds is None else f", {state.eta_seconds:.0f} s left"
-            bar.update(task, completed=state.done, detail=f"{state.done} of {state.total}{left}")
-
-        yield report
-
-
-def _deliver(
-    found: CausalTrace | AverageTrace, out: Path | None, plot: Path | None, json: bool, model: str
-) -> None:
-    """Files, then the JSON document or a table."""
-    from fastedit.cli.console import emit_json, line
-    from fastedit.cli.outputs import saving
-    from fastedit.trace import CausalTrace
-
-    written: list[Path] = []
-    if out is not None:
-        with saving(out):
-            if isinstance(found, CausalTrace):
-                written += found.save(out)
-            else:
-                written += [found.save(out / "average.json"), found.save(out / "average.npz")]
-    if plot is not None:
-        with saving(plot):
-            written.append(found.plot(plot))
-    if json:
-        emit_json({"model": model, **found.to_dict(), "files": [str(path) for path in written]})
-        return
-    _show(found)
-    for path in written:
-        line(f"saved {path}")
-
-
-def _show(found: CausalTrace | AverageTrace) -> None:
-    from rich.table import Table
-
-    from fastedit.cli.console import line, results
-    from fastedit.trace import CausalTrace
-    from fastedit.trace.roles import ROLES
-
-    if isinstance(found, CausalTrace):
-        line(f"answer {found.answer!r}: {found.high_score:.3f} clean, {found.low_score:.3f} corrupted")
-        names = [found.input_tokens[token] for token in found.traced]
-        grids = {kind: found.effect(kind) for kind in found.kinds}
-    else:
-        left = f", {found.skipped} left out (not predicted)" if found.skipped else ""
-        line(f"{found.facts} facts{left}: {found.high.mean():.3f} clean, {found.low.mean():.3f} corrupted")
-        names = list(ROLES)
-        grids = {kind: found.mean(kind) for kind in found.kinds}
-    table = Table()
-    table.add_column("token", no_wrap=True)
-    for kind in grids:
-        table.add_column(f"{kind}: best layer (gain)", justify="right")
-    for row, name in enumerate(names):
-        cells = []
-        for grid in grids.values():
-            best = int(grid[row].argmax())
-            # No fact has a token of this role, or (NaN is unequal to itself) nothing is known of it.
-            cells.append(f"{best} ({grid[row, best]:+.3f})" if grid[row, best] == grid[row, best] else "-")
-        table.add_row(name, *cells)
-    results().print(table)

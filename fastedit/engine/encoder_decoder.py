@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch, block_output, resolve
 
-__all__ = ["Decoder", "Encoder", "Encodings", "decoder_start", "is_encoder_decoder"]
+__all__ = ["Decoder", "Encoder", "Encodings", "decoder_start", "is_encoder_decoder", "source_side"]
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -30,6 +30,11 @@ KeysValues = tuple[Tensor, Tensor]
 def is_encoder_decoder(arch: ResolvedArch) -> bool:
     """Whether the model has an encoder and a decoder."""
     return bool(getattr(arch.model.config, "is_encoder_decoder", False))
+
+
+def source_side(arch: ResolvedArch) -> ResolvedArch:
+    """The side whose embeddings a prompt goes through: the encoder's, or the model's only one."""
+    return resolve(arch.model, arch.row.model_type, side="encoder") if is_encoder_decoder(arch) else arch
 
 
 def decoder_start(arch: ResolvedArch) -> int:
@@ -53,7 +58,7 @@ class Encoder:
     """
 
     def __init__(self, arch: ResolvedArch, length: int) -> None:
-        self.arch = resolve(arch.model, arch.row.model_type, side="encoder")
+        self.arch = source_side(arch)
         attention: Any = self.arch.attn(0)
         with torch.no_grad():
             self._bias: Tensor = attention.compute_bias(length, length).detach()

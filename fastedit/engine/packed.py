@@ -193,10 +193,10 @@ def pass_through(
     device = arch.embed.weight.device  # type: ignore[union-attr]
     row, places = ids.to(device)[None], positions.to(device)[None]  # type: ignore[arg-type]
     try:
-        with torch.no_grad(), attending(arch, counted), fused_activations(arch):  # type: ignore[arg-type]
+        # Caught inside the contexts: an exception that passes through them keeps this frame, and its tensors, alive
+        # until the next collection of cycles.
+        with torch.no_grad(), attending(arch, counted), fused_activations(arch), suppress(StopForward):  # type: ignore[arg-type]
             arch.model(input_ids=row, position_ids=places, use_cache=False)
-    except StopForward:
-        pass
     finally:
         for handle in handles:
             handle.remove()

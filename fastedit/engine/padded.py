@@ -22,7 +22,7 @@ from fastedit.arch import ResolvedArch, block_output
 from fastedit.engine.packed import named_arguments
 from fastedit.engine.replay import StopForward
 
-__all__ = ["SuffixReplay", "whole_rows_because"]
+__all__ = ["Frozen", "SuffixReplay", "whole_rows_because"]
 
 _MASK_TAKING = ("eager", "sdpa")  # attention implementations that accept an additive [B, 1, S', P + S'] mask
 
@@ -37,7 +37,7 @@ def whole_rows_because(model: nn.Module, lookup: list[int]) -> str | None:
     return None
 
 
-class _Frozen:
+class Frozen:
     """What a block sees as its cache: the prefix of the clean forward, the same at every call."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -165,7 +165,7 @@ class _Place:
         for name, value in list(named.items())[1:]:
             if isinstance(value, DynamicCache):
                 keys, values = layer.keys[..., : self.prefix, :], layer.values[..., : self.prefix, :]
-                out[name] = _Frozen(keys, values)
+                out[name] = Frozen(keys, values)
             elif name == "attention_mask":
                 out[name] = self._attention_mask(value, dtype)
             elif name == "alibi" and isinstance(value, Tensor):

@@ -132,19 +132,15 @@ class Trial:
         )
 
 
-def causal_decoder(
-    session: Session, method: str, layers: Sequence[int], *, sourced: bool = False
-) -> ResolvedArch:
+def causal_decoder(session: Session, method: str, layers: Sequence[int]) -> ResolvedArch:
     """The session's architecture, if the method's causality argument holds for it and `layers` can be edited.
-
-    sourced: the decoder of an encoder-decoder will do.
 
     Raises:
         ValueError: an encoder or an encoder-decoder, or no such layer.
         NotImplementedError: quantised, packed, sharded or offloaded weights.
     """
     arch = session.arch
-    if arch.row.model_type in (("bert",) if sourced else ("t5", "bert")):
+    if arch.row.model_type in ("t5", "bert"):
         raise ValueError(
             f"model: {method} is defined for causal decoders, got model_type={arch.row.model_type!r}"
         )

@@ -8,28 +8,34 @@ embeddings of the old and the new answer (sums over their tokens):
     W[:, j] += ||W[:, j]|| (-a e_old / ||e_old|| + b e_new / ||e_new||)             (the authors; a = 1, b = 8)
 
 or set to zero (``suppress``), or doubled (``enhance``).
+
+In a masked language model (BERT, the authors' own) the request's prompt holds the mask token where the answer belongs,
+neurons are those at that token, and answers are one token. Of an encoder-decoder (T5) they are the decoder's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastedit.arch import is_transposed
+from fastedit.arch import ResolvedArch, editable_weight, is_transposed
 from fastedit.config import check, is_number
 from fastedit.edit import Edit, LowRank
 from fastedit.engine.estimate import MemoryEstimate
-from fastedit.engine.trial import Trial, causal_decoder, finite
+from fastedit.engine.trial import Trial, finite
 from fastedit.forward import evaluating
 from fastedit.methods import method
 from fastedit.request import EditRequest
 from fastedit.session import Session
 from fastedit.tokens import target_ids
-from fastedit.trace.neurons import NeuronOptions, attribution_bytes, encode_question, find_neurons, own_answer
+from fastedit.trace.neurons import attribution_bytes, find_neurons
+from fastedit.trace.neurons_options import NeuronOptions
+from fastedit.trace.neurons_questions import Row, check_length, encode_rows, own_answer
 from fastedit.trace.neurons_result import Neurons
 
 __all__ = ["KnConfig", "kn"]
@@ -38,10 +44,19 @@ Operation = Literal["replace", "suppress", "enhance"]
 Scale = Literal["plain", "norm"]
 OldAnswer = Literal["argmax", "target_true"]
 
-# EasyEdit's hparams/KN: 0.1 for GPT-J, 0.2 elsewhere.
+# EasyEdit's hparams/KN: 0.1 for GPT-J, 0.2 elsewhere. The authors' code for BERT: in units of each neuron's norm.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "gpt2-xl": {"adaptive_threshold": 0.2},
     "gpt-j-6b": {"adaptive_threshold": 0.1},
+    "bert-base": {"adaptive_threshold": 0.2, "scale": "norm"},
+    "bert-large": {"adaptive_threshold": 0.2, "scale": "norm"},
+}
+# Options of the replacement that the other operations have no use for, and their defaults.
+_OF_REPLACE: Mapping[str, Any] = {
+    "scale": "plain",
+    "old_answer": "argmax",
+    "old_weight": None,
+    "new_weight": None,
 }
 
 
@@ -73,11 +88,18 @@ class KnConfig(NeuronOptions):
         check(isinstance(self.refine, bool), "refine", "be true or false", self.refine)
         for name, choices in (("operation", Operation), ("scale", Scale), ("old_answer", OldAnswer)):
             value = getattr(self, name)
-            check(value in get_args(choices), name, f"be one of {', '.join(get_args(choices))}", value)
+            ok = isinstance(value, str) and value in get_args(choices)
+            check(ok, name, f"be one of {', '.join(get_args(choices))}", value)
         for name in ("old_weight", "new_weight"):
             value = getattr(self, name)
             ok = value is None or (is_number(value) and value >= 0)
             check(ok, name, "be a number >= 0, or None", value)
+        shared = NeuronOptions.__dataclass_fields__["p"].default
+        check(self.refine or self.p == shared, "p", "be left out without refine=True", self.p)
+        if self.operation != "replace":
+            for name, default in _OF_REPLACE.items():
+                value = getattr(self, name)
+                check(value == default, name, f"be left out with operation={self.operation!r}", value)
 
     def weights(self, tokens: int) -> tuple[float, float]:
         """a and b for a new answer of ``tokens`` tokens."""
@@ -93,11 +115,12 @@ def _estimate(session: Session, requests: Sequence[EditRequest], config: KnConfi
     """Predicted peak memory of ``kn`` with these arguments."""
     arch = session.arch
     layers = tuple(range(arch.depth)) if config.layers is None else config.layers
+    asked = [_asked(session, request, config) for request in requests]
+    # The tokens of an unknown answer do not matter here, only how many there are.
+    longest = max(asked, key=lambda rows: sum(len(row.ids) + len(answer or ()) for row, answer in rows))
     with evaluating(session.model):
-        row = max((encode_question(session, request.text) for request in requests), key=lambda r: len(r[0]))
-        answers = max(_answer_tokens(session, request) for request in requests)
-        prompts = max(len(_prompts(request, config)) for request in requests)
-        clean, sweep = attribution_bytes(session, [(*row, [0] * answers)] * prompts, sorted(layers), config)
+        rows = [(row, answer or (0,)) for row, answer in longest]
+        clean, sweep = attribution_bytes(session, rows, sorted(layers), config)
     weight: Tensor = arch.mlp_out(layers[0]).weight  # type: ignore[assignment]
     # A first request's updates are written for the next one to see; a last one's are not.
     originals = sum(arch.width * arch.key_dim(layer) for layer in layers) * weight.element_size()
@@ -130,13 +153,9 @@ def kn(
     Raises:
         ValueError: bad layer or request, targets given, an embedding narrower than the residual stream, no neuron
             with a positive score, or scores or an update that are not finite.
+        NotImplementedError: quantised, packed, sharded or offloaded weights.
     """
-    arch = causal_decoder(
-        session,
-        "kn",
-        range(session.arch.depth) if config.layers is None else config.layers,
-        sourced=True,
-    )
+    arch = _editable(session, config)
     if targets is not None:
         raise ValueError("targets must not be given: kn writes embeddings, not optimised vectors")
     embedding: Tensor = arch.embed.weight  # type: ignore[assignment]
@@ -144,24 +163,20 @@ def kn(
         raise ValueError(
             f"model: kn needs embeddings as wide as the residual stream ({arch.width}), got {embedding.shape[1]}"
         )
-    if config.old_answer == "target_true" and config.operation == "replace":
-        for request in requests:
-            if request.target_true is None:
-                raise ValueError(
-                    f"request {request.id!r}: field 'target_true' must be given for old_answer='target_true'"
-                )
+    for request in requests:
+        _asked(session, request, config)
     factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
     found: list[dict[str, Any]] = []
     with Trial(session) as trial:
         for index, request in enumerate(requests):
-            with trial.timed("attribution"):
+            with trial.timed("attribution"), _naming(request):
                 neurons = find_neurons(session, _prompts(request, config), request.target_true, config)
             if not neurons.neurons:
                 raise ValueError(
                     f"request {request.id!r}: no neuron is above the threshold for {neurons.answer!r} in "
                     f"{'enough prompts' if len(neurons.prompts) > 1 else 'its prompt'}; the model is unchanged"
                 )
-            with trial.timed("equations"):
+            with trial.timed("equations"), _naming(request):
                 written = _write(session, request, neurons, config)
             found.append(_report(request, neurons))
             for layer, (left, right) in written.items():
@@ -180,13 +195,49 @@ def kn(
     return trial.edit("kn", config, requests, deltas, {"neurons": found})
 
 
+def _editable(session: Session, config: KnConfig) -> ResolvedArch:
+    """The session's architecture, if neurons can be found and changed in it."""
+    arch = session.arch
+    for layer in range(arch.depth) if config.layers is None else config.layers:
+        arch.check_layer(layer)
+        editable_weight(session.model, arch.name("mlp_out", layer))
+    return arch
+
+
+def _asked(
+    session: Session, request: EditRequest, config: KnConfig
+) -> list[tuple[Row, tuple[int, ...] | None]]:
+    """Per prompt its tokens and those of the true answer, if there is one; what does not fit is refused here."""
+    with _naming(request):
+        asked, rule = _prompts(request, config), config.continuation
+        texts, rows, true = encode_rows(
+            session, asked, request.target_true, rule, prefix=config.decoder_prefix
+        )
+        if config.operation == "replace":
+            if config.old_answer == "target_true" and true is None:
+                raise ValueError("field 'target_true' must be given for old_answer='target_true'")
+            new = target_ids(session.tokenizer, request.target_new)
+            if len(new) > 1 and session.arch.row.side == "encoder":
+                raise ValueError(
+                    f"field 'target_new': must be one token for a masked language model, got {len(new)} tokens of "
+                    f"{request.target_new!r}"
+                )
+            if config.old_answer == "argmax":
+                check_length(session, texts[0], rows[0], len(new) - 1)
+    return [(row, true) for row in rows]
+
+
+@contextmanager
+def _naming(request: EditRequest) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"request {request.id!r}: {error}") from error
+
+
 def _prompts(request: EditRequest, config: KnConfig) -> list[str]:
     paraphrases = request.probes_of("paraphrase") if config.refine else ()
     return [request.text, *(probe.prompt for probe in paraphrases)]
-
-
-def _answer_tokens(session: Session, request: EditRequest) -> int:
-    return 1 if request.target_true is None else len(target_ids(session.tokenizer, request.target_true))
 
 
 def _report(request: EditRequest, neurons: Neurons) -> dict[str, Any]:
@@ -224,11 +275,9 @@ def _write(
             continue
         old, new = (vector.to(own) for vector in vectors)
         right = own.new_zeros(1, canonical.shape[1])
+        right[0, at] = own.norm(dim=0) if config.scale == "norm" else 1.0
         if config.scale == "norm":
             old, new = old / old.norm(), new / new.norm()
-            right[0, at] = own.norm(dim=0)
-        else:
-            right[0, at] = 1.0
         a, b = config.weights(len(target_ids(session.tokenizer, request.target_new)))
         written[layer] = ((b * new - a * old)[:, None], right)
     return written
@@ -242,8 +291,7 @@ def _vectors(session: Session, request: EditRequest, config: KnConfig) -> tuple[
     if config.old_answer == "target_true" and request.target_true is not None:
         old = target_ids(session.tokenizer, request.target_true)
     else:
-        ids, _ = encode_question(session, request.text)
-        old = own_answer(session, ids, len(new), prefix=config.decoder_prefix)
+        old = list(own_answer(session, _asked(session, request, config)[0][0], len(new)))
     first, second = (
         embedding[torch.tensor(ids, device=embedding.device)].to(wide).sum(dim=0) for ids in (old, new)
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fastedit.trace.causal import TraceOptions, trace_prompts
+from fastedit.trace.causal import trace_prompts
 from fastedit.trace.noise import Noise
+from fastedit.trace.options import TraceOptions
 from fastedit.trace.prompts import TracePrompt, encode_trace
 from fastedit.trace.result import CausalTrace
 

@@ -28,6 +28,7 @@ class AverageTrace:
         high, low: ``[facts]`` probability of the answer in the clean and in the corrupted runs.
         window: layers that a cell of ``"mlp"`` or ``"attn"`` restores.
         skipped: facts left out because the model does not predict their answer.
+        engine: how the runs were made, see `CausalTrace.engine`.
     """
 
     effects: Mapping[str, np.ndarray] = field(repr=False)
@@ -35,6 +36,7 @@ class AverageTrace:
     low: np.ndarray = field(repr=False)
     window: int
     skipped: int = 0
+    engine: str = "packed tokens"
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -72,6 +74,7 @@ class AverageTrace:
         return {
             "facts": self.facts,
             "skipped": self.skipped,
+            "engine": self.engine,
             "window": self.window,
             "high_score": float(self.high.mean()),
             "low_score": float(self.low.mean()),
@@ -166,6 +169,7 @@ def average(traces: Sequence[CausalTrace], *, all_facts: bool = False) -> Averag
         np.array([trace.low_score for trace in kept]),
         first.window,
         len(traces) - len(kept),
+        first.engine,
     )
 
 

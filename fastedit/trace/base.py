@@ -18,6 +18,7 @@ from fastedit.engine.attention import attending
 from fastedit.engine.forest import Branch
 from fastedit.engine.fused import fused_activations
 from fastedit.engine.packed import BlockRunner, Call, Plan, pass_through
+from fastedit.trace.hooks import hooks, part_module
 from fastedit.trace.prompts import TracePrompt
 
 __all__ = ["Base", "Rows"]
@@ -77,16 +78,16 @@ class Base:
                 places += range(first, count)
         self._count = len(ids)
         self._noisy = torch.tensor(noisy)
-        self._noise = torch.cat([rows.flatten(0, 1) for sets in noises for rows in sets])
+        noise = torch.cat([rows.flatten(0, 1) for sets in noises for rows in sets])
         self._plan = Plan.of(self._branches, arch.embed.weight.device)  # type: ignore[union-attr,arg-type]
-        self._run(arch, torch.tensor(ids), torch.tensor(places), replace)
+        self._run(arch, torch.tensor(ids), torch.tensor(places), noise, replace)
 
-    def _run(self, arch: ResolvedArch, ids: Tensor, places: Tensor, replace: bool) -> None:
+    def _run(self, arch: ResolvedArch, ids: Tensor, places: Tensor, noise: Tensor, replace: bool) -> None:
         def corrupt(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            at, noise = self._noisy.to(output.device), self._noise.to(output.device)
+            at, given = self._noisy.to(output.device), noise.to(output.device)
             noised = output.clone()
             # Added in double precision and rounded once, as published.
-            noised[0, at] = (noise if replace else output[0, at].double() + noise).to(output.dtype)
+            noised[0, at] = (given if replace else output[0, at].double() + given).to(output.dtype)
             return noised
 
         def keep(found: list[Tensor]) -> Any:
@@ -103,19 +104,15 @@ class Base:
             self.values.append(v.contiguous())
             return self._plan.attend(q, k, v, self.keys[-1], self.values[-1], **options)
 
-        handles = [arch.embed.register_forward_hook(corrupt)]
         outputs: list[Tensor] = []
-        for layer in range(arch.depth):
-            handles.append(arch.block(layer).register_forward_hook(keep(outputs)))
-            for part, found in self.parts.items():
-                module = arch.mlp(layer) if part == "mlp" else arch.attn(layer)
-                handles.append(module.register_forward_hook(keep(found)))
         every = torch.arange(self._count)
-        try:
+        with hooks() as hook:
+            hook(arch.embed, corrupt)
+            for layer in range(arch.depth):
+                hook(arch.block(layer), keep(outputs))
+                for part, found in self.parts.items():
+                    hook(part_module(arch, part, layer), keep(found))
             passed = pass_through(arch, ids, places, attend, start=0, narrow=arch.depth, keep=every)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.calls = passed.calls
         self.hidden = [passed.hidden[0], *outputs]
         if len(outputs) < arch.depth:
@@ -132,6 +129,10 @@ class Base:
         """Bytes that stay."""
         kept = [*self.hidden, *self.keys, *self.values, *(x for found in self.parts.values() for x in found)]
         return sum(tensor.nbytes for tensor in kept)
+
+    def store(self, layer: int, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that come before those of restored cells."""
+        return self.keys[layer], self.values[layer]
 
     def clean(self, prompt: int, token: int) -> int:
         """Number of a token of a clean row."""
@@ -160,17 +161,13 @@ class Base:
             for token in range(begin, end):
                 number[token] = self._starts[index] + first + (token - begin) % (len(prompt) - first)
         values = source[torch.tensor(number, device=source.device)]
-        module = arch.mlp(layer) if part == "mlp" else arch.attn(layer)
 
         def patch(_module: nn.Module, _args: Any, output: Any) -> None:
             block_output(output).view(-1, arch.width).copy_(values)
 
         runner = BlockRunner(arch)
-        handle = module.register_forward_hook(patch)
-        try:
-            with torch.no_grad(), attending(arch, runner.attend), fused_activations(arch):
-                return runner.block(
-                    layer, self.hidden[layer][None], self.calls[layer], self._plan, lambda _, k, v: (k, v)
-                )[0]
-        finally:
-            handle.remove()
+        with hooks() as hook, torch.no_grad(), attending(arch, runner.attend), fused_activations(arch):
+            hook(part_module(arch, part, layer), patch)
+            return runner.block(
+                layer, self.hidden[layer][None], self.calls[layer], self._plan, lambda _, k, v: (k, v)
+            )[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastedit.arch import ResolvedArch
 from fastedit.engine.memory import free_memory
+from fastedit.trace.head import head_bytes
 from fastedit.trace.prompts import TracePrompt
 from fastedit.trace.result import CausalTrace
 
@@ -18,6 +19,9 @@ __all__ = ["Budget", "Job", "combined", "jobs_of"]
 # As many tokens as make matrix products as fast as they get; more would only cost memory.
 _ENOUGH = {"cpu": 1024, "cuda": 32768}
 _FEW = 1024
+# Bytes of a tile that attention gathers at a time (`branch_attention`'s chunks in float32), and how many there are.
+_ATTENTION = {"cpu": 4 << 19, "cuda": 4 << 26}
+_TILES = 2
 
 
 @dataclass(frozen=True)
@@ -31,22 +35,30 @@ class Budget:
     run: int
 
     @classmethod
-    def of(cls, arch: ResolvedArch, memory: int | None, parts: int) -> Budget:
-        """Two fifths of ``memory`` bytes (of a part of what is free) for each.
+    def of(cls, arch: ResolvedArch, memory: int | None, parts: int, *, longest: int, noise: int) -> Budget:
+        """As many of both, so that what is kept and what runs at a time fit into ``memory`` bytes (a part of what is
+        free), once what does not grow with tokens is taken off.
 
         Args:
             parts: sub-layers whose outputs are kept.
+            longest: tokens of the longest prompt.
+            noise: bytes of a prompt's noise.
         """
         weight: Tensor = arch.mlp_out(0).weight  # type: ignore[assignment]
         size, width, device = weight.element_size(), arch.width, weight.device
+        out: Tensor = arch.attn_out(0).weight  # type: ignore[assignment]
+        inside = out.numel() // width  # heads times their width: not the stream's in every family
         # Keys, values and hidden states of every layer, outputs of sub-layers and of blocks with one restored; and
-        # what a block holds at a time: the stream and copies of it, queries, keys, values, attention's tiles, the
-        # MLP's inside.
-        stay = size * width * (3 + 2 * parts) * (arch.depth + 1)
-        at_once = size * (16 * width + 4 * arch.key_dim(0))
-        # A fifth is left for what does not grow with the tokens: the noise, index tensors, logits.
-        half = int(0.4 * (memory or 0.6 * free_memory(device)))
-        kept, run = half // (stay + at_once), half // at_once
+        # what a block holds at a time: the stream and copies of it, queries, keys, values, attention's result, the
+        # MLP's inside, which attention sees a token of how long a row, and the noise on embeddings in double precision.
+        stay = size * (width * (1 + 2 * parts) + 2 * inside) * (arch.depth + 1)
+        seen = 6 * longest + 32
+        at_once = size * (10 * width + 7 * inside + 4 * arch.key_dim(0)) + seen
+        # The head and a tile of attention: as large for one token as for many.
+        fixed = head_bytes(arch) + _TILES * _ATTENTION.get(device.type, _ATTENTION["cpu"]) + 2 * noise
+        usable = int(0.95 * (memory or 0.6 * free_memory(device))) - fixed
+        # Clean and corrupted runs are made before any cell is, so that one of them runs at a time.
+        kept = run = usable // (stay + max(at_once, 3 * 8 * width))
         if memory is None:
             enough = _ENOUGH.get(device.type, _FEW)
             kept, run = min(kept, enough), min(run, enough)
@@ -61,8 +73,12 @@ class Job:
     samples: slice
 
 
-def jobs_of(prompts: Sequence[TracePrompt], noises: Sequence[Sequence[Tensor]], budget: Budget) -> list[Job]:
-    """The least number of jobs; a prompt that does not fit with all its samples has several of its own."""
+def jobs_of(prompts: Sequence[TracePrompt], counts: Sequence[tuple[int, int]], budget: Budget) -> list[Job]:
+    """The least number of jobs; a prompt that does not fit with all its samples has several of its own.
+
+    Args:
+        counts: per prompt its sets of draws, and the samples of each.
+    """
     jobs: list[Job] = []
     group: list[int] = []
     count = 0
@@ -72,13 +88,12 @@ def jobs_of(prompts: Sequence[TracePrompt], noises: Sequence[Sequence[Tensor]], 
             jobs.append(Job(tuple(group), slice(None)))
             group.clear()
 
-    for index, (prompt, sets) in enumerate(zip(prompts, noises, strict=True)):
-        sample = len(sets) * (len(prompt) - prompt.span[0])
-        own = len(prompt) + len(sets[0]) * sample
+    for index, (prompt, (sets, whole)) in enumerate(zip(prompts, counts, strict=True)):
+        sample = sets * (len(prompt) - prompt.span[0])
+        own = len(prompt) + whole * sample
         if own > budget.kept:
             close()
             step = max(1, (budget.kept - len(prompt)) // sample)
-            whole = len(sets[0])
             jobs += [Job((index,), slice(a, min(a + step, whole))) for a in range(0, whole, step)]
             count = 0
             continue

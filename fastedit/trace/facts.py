@@ -32,9 +32,13 @@ class TraceFact:
         for name in ("id", "prompt", "subject"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"fact {self.id!r}: field {name!r} must be a string, got {value!r}")
+                raise ValueError(
+                    f"fact {self.id!r}: field {name!r} must be a string that is not blank, got {value!r}"
+                )
         if self.answer is not None and (not isinstance(self.answer, str) or not self.answer.strip()):
-            raise ValueError(f"fact {self.id!r}: field 'answer' must be a string, got {self.answer!r}")
+            raise ValueError(
+                f"fact {self.id!r}: field 'answer' must be a string that is not blank, got {self.answer!r}"
+            )
 
 
 def read_facts(path: str | os.PathLike[str], *, limit: int | None = None) -> list[TraceFact]:
@@ -66,7 +70,7 @@ def read_facts(path: str | os.PathLike[str], *, limit: int | None = None) -> lis
     return found
 
 
-def _plain_records(file: Path) -> list[dict[str, Any]] | None:
+def _plain_records(file: Path) -> list[Any] | None:
     """The records of a file of plain facts, or None for one of edit requests (or of anything else)."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -77,7 +81,7 @@ def _plain_records(file: Path) -> list[dict[str, Any]] | None:
     except (UnicodeDecodeError, json.JSONDecodeError):
         # The reader of requests knows compressed files, and says what is wrong with a broken one.
         return None
-    if not records or not all(isinstance(record, dict) for record in records):
+    if not records or not isinstance(records[0], dict):
         return None
     first = records[0]
     plain = "subject" in first and ("attribute" in first or "answer" in first or set(first) <= _PLAIN)
@@ -87,7 +91,9 @@ def _plain_records(file: Path) -> list[dict[str, Any]] | None:
 _PLAIN = {"id", "prompt", "subject", "answer"}
 
 
-def _fact(file: Path, number: int, record: dict[str, Any]) -> TraceFact:
+def _fact(file: Path, number: int, record: Any) -> TraceFact:
+    if not isinstance(record, dict):
+        raise ValueError(f"{file}: record {number}: must be an object, got {record!r}")
     try:
         chosen = str(record.get("id", record.get("known_id", number)))
         answer = record.get("answer", record.get("attribute"))

@@ -30,14 +30,20 @@ from fastedit.engine.forest import Branch
 from fastedit.engine.fused import fused_activations
 from fastedit.engine.memory import saved_bytes
 from fastedit.engine.packed import BlockRunner, Call, Plan, at_tokens
-from fastedit.engine.precision import stream_dtype, wide_residual
-from fastedit.trace.neurons_clean import Activation, CleanPass, Question, last_layer_probability, spot
+from fastedit.engine.precision import wide_residual
+from fastedit.trace.neurons_budget import TEMPORARIES, NeuronBudget
+from fastedit.trace.neurons_clean import (
+    Activation,
+    CleanPass,
+    Question,
+    checked_probabilities,
+    head_gradient,
+    log_probability,
+    spot,
+)
+from fastedit.trace.neurons_matrix import mlp_gradient, mlp_product
 
 __all__ = ["Join", "NeuronSweep"]
-
-# Rows of logits at a time: about 25 MB of them for the vocabulary of GPT-2.
-_HEAD_ROWS_CPU, _HEAD_ROWS_CUDA = 128, 2048
-_TEMPORARIES = 1.3  # a backward holds gradients beside the activations that it has not freed yet
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +63,14 @@ class NeuronSweep:
         questions: causal, their position the last token.
         layers: attributed layers, ascending.
         fractions: s_1 .. s_m.
-        memory_budget: bytes that a sweep may keep for its backward.
+        budget: bytes that it may take.
+
+    Attributes:
+        activations: per layer ``[Q, f]``, clean.
+        probabilities: ``[Q]`` of the answers in the clean run.
+
+    Raises:
+        ValueError: the clean run gives NaN.
     """
 
     def __init__(
@@ -67,7 +80,7 @@ class NeuronSweep:
         layers: Sequence[int],
         fractions: Sequence[float],
         activation: Activation,
-        memory_budget: int,
+        budget: NeuronBudget,
     ) -> None:
         self._arch, self._layers, self._activation = arch, layers, activation
         self._fractions = tuple(fractions)
@@ -77,12 +90,17 @@ class NeuronSweep:
         # Only what is added to the stream as it is can be scaled outside of its block.
         row = arch.row
         self._by_arithmetic = activation == "activation" and not (row.post_norm or row.norm_after_add)
-        self._budget = memory_budget
+        self._device = self._clean.inputs[0].device
+        self._head_rows = budget.head_rows(arch, self._device)
+        self._head_bytes = budget.head_bytes(arch, self._device)
+        self._left = budget.sweep(arch, self._device, self._clean.kept_bytes())
         self.activations = self._clean.activations
+        parts = zip(
+            self._clean.outputs[-1].split(self._head_rows), self._answers.split(self._head_rows), strict=True
+        )
         with torch.no_grad(), self._running():
-            self.probabilities = last_layer_probability(
-                arch, self._stream(self._clean.outputs[-1]), self._answers
-            )
+            found = [log_probability(arch, rows, answers) for rows, answers in parts]
+        self.probabilities = checked_probabilities(torch.cat(found))
 
     def run(self) -> list[Tensor]:
         """Per layer ``[Q, f]``: the gradient with respect to the scaled activation, summed over the steps."""
@@ -104,7 +122,7 @@ class NeuronSweep:
     def row_bytes(self) -> int:
         """Bytes that one token keeps per block for the backward, as measured."""
         layer, two = self._arch.depth - 1, [Join(0, 0, step, 1.0) for step in range(2)]
-        hidden = self._stream(self._clean.inputs[layer])[[0, 0]]
+        hidden = self._clean.inputs[layer][[0, 0]]
 
         def forward() -> Tensor:
             return self._block(layer, hidden.requires_grad_(), two, self._plan(two, hidden.device))
@@ -114,23 +132,13 @@ class NeuronSweep:
 
     def predicted_bytes(self) -> tuple[int, int]:
         """Bytes above the model that the clean forward leaves, and that the sweep takes at its peak."""
-        clean = self._clean
-        kept = [tensor for store in clean.stores.values() for tensor in store]
-        kept += [*clean.inputs, *clean.outputs, *clean.activations]
         blocks = sum(self._arch.depth - layer for layer in self._layers)
-        total = int(_TEMPORARIES * self.row_bytes() * blocks * len(self._fractions) * len(self._answers))
-        head: Tensor = self._arch.head.weight  # type: ignore[assignment]
-        return sum(tensor.nbytes for tensor in kept), min(
-            total, self._budget
-        ) + 4 * 4 * self._head_rows * head.shape[0]
-
-    @property
-    def _head_rows(self) -> int:
-        return _HEAD_ROWS_CPU if self._clean.inputs[0].device.type == "cpu" else _HEAD_ROWS_CUDA
+        total = int(TEMPORARIES * self.row_bytes() * blocks * len(self._fractions) * len(self._answers))
+        return self._clean.kept_bytes(), min(total, self._left) + self._head_bytes
 
     def _chunks(self, joins: list[Join]) -> Iterator[list[Join]]:
         """Joins in their order, as many together as the budget takes."""
-        most = max(1, int(self._budget / (_TEMPORARIES * self.row_bytes())))
+        most = max(1, int(self._left / (TEMPORARIES * self.row_bytes())))
         start = used = 0
         for index, join in enumerate(joins):
             blocks = self._arch.depth - join.layer
@@ -142,8 +150,7 @@ class NeuronSweep:
 
     def _sweep(self, joins: Sequence[Join]) -> dict[int, tuple[Tensor, Tensor]]:
         """Per layer that is joined: the question of each of its rows, and the gradient ``[n, d or f]`` there."""
-        device = self._clean.inputs[0].device
-        plan = self._plan(joins, device)
+        plan = self._plan(joins, self._device)
         leaves: dict[int, Tensor] = {}
         at = 0  # rows that have joined
         hidden: Tensor | None = None
@@ -161,21 +168,24 @@ class NeuronSweep:
                         hidden = leaf if hidden is None else torch.cat([hidden.to(leaf.device), leaf])
                 at = end
             final: Tensor = hidden  # type: ignore[assignment]  # at least one row has joined
-            gradients = torch.autograd.grad(final, list(leaves.values()), self._head_gradient(final, joins))
-        return {
-            layer: (torch.tensor([join.question for join in joins if join.layer == layer]), gradient)
-            for layer, gradient in zip(leaves, gradients, strict=True)
-        }
+            answers = self._answers[[join.question for join in joins]]
+            seed, factor = head_gradient(self._arch, final, answers, self._head_rows)
+            gradients = torch.autograd.grad(final, list(leaves.values()), seed)
+        found, at = {}, 0
+        for layer, gradient in zip(leaves, gradients, strict=True):
+            questions = torch.tensor([join.question for join in joins if join.layer == layer])
+            if factor is not None:
+                gradient = factor[at : at + len(questions), None].to(gradient) * gradient
+            found[layer] = questions, gradient
+            at += len(questions)
+        return found
 
     def _scaled(self, layer: int, new: Sequence[Join]) -> Tensor:
         """Outputs ``[n, d]`` of a block whose activation is scaled: h + (s - 1) W a."""
-        clean, module = self._clean, self._arch.mlp_out(layer)
-        activation = clean.activations[layer]
+        clean = self._clean
         with torch.no_grad():
-            zero = torch.zeros_like(activation[:1])
-            # Without the bias, which scaling does not touch.
-            product = self._stream(module(activation)) - self._stream(module(zero))
-            base = self._stream(clean.outputs[layer])
+            product = mlp_product(self._arch.mlp_out(layer), clean.activations[layer])
+            base = clean.outputs[layer]
             where = torch.tensor([join.question for join in new], device=base.device)
             less = torch.tensor([join.fraction - 1.0 for join in new], device=base.device, dtype=base.dtype)
             return (base[where] + less[:, None] * product.to(base.device)[where]).requires_grad_()
@@ -184,20 +194,16 @@ class NeuronSweep:
         """From the summed gradient at the leaves of a layer to that of its activation, ``[Q, f]``."""
         if not self._by_arithmetic:
             return gradient
-        leaf = self._clean.activations[layer].clone().requires_grad_()
-        with torch.enable_grad():
-            output = self._arch.mlp_out(layer)(leaf)
-        (found,) = torch.autograd.grad(output, leaf, gradient.to(output))
-        return self._stream(found)
+        return mlp_gradient(self._arch.mlp_out(layer), self._clean.activations[layer], gradient)
 
     def _through(
         self, layer: int, hidden: Tensor | None, joins: Sequence[Join], new: Sequence[Join], plan: Plan
     ) -> tuple[Tensor, Tensor]:
         """Output of a block for all rows, the new ones with their activation replaced by the leaf returned beside."""
-        entering = self._stream(self._clean.inputs[layer])
+        entering = self._clean.inputs[layer]
         where = torch.tensor([join.question for join in new], device=entering.device)
         scale = torch.tensor([join.fraction for join in new], device=entering.device, dtype=entering.dtype)
-        activation = self._stream(self._clean.activations[layer])
+        activation = self._clean.activations[layer]
         leaf = (
             scale.to(activation.device)[:, None] * activation[where.to(activation.device)]
         ).requires_grad_()
@@ -209,11 +215,8 @@ class NeuronSweep:
             kept = value.reshape(len(joins), -1)[:old]
             return torch.cat([kept, leaf.to(kept.dtype)]).reshape(value.shape)
 
-        handle = spot(self._arch, layer, self._activation).watch(put)
-        try:
+        with spot(self._arch, layer, self._activation).watched(put):
             return self._block(layer, rows, joins, plan), leaf
-        finally:
-            handle.remove()
 
     def _block(self, layer: int, hidden: Tensor, joins: Sequence[Join], plan: Plan) -> Tensor:
         """Output ``[n, d]`` of one block for the first n rows of a sweep."""
@@ -238,19 +241,6 @@ class NeuronSweep:
 
     def _store(self, layer: int, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor]:
         return self._clean.stores[layer]
-
-    def _head_gradient(self, hidden: Tensor, joins: Sequence[Join]) -> Tensor:
-        """``[n, d]`` gradient of each row's answer probability with respect to the last block's output."""
-        answers = self._answers[[join.question for join in joins]]
-        found = []
-        parts = zip(hidden.detach().split(self._head_rows), answers.split(self._head_rows), strict=True)
-        for part, wanted in parts:
-            leaf = part.requires_grad_()
-            found += torch.autograd.grad(last_layer_probability(self._arch, leaf, wanted).sum(), leaf)
-        return torch.cat(found)
-
-    def _stream(self, value: Tensor) -> Tensor:
-        return value.to(stream_dtype(value.dtype))
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fastedit.arch import ResolvedArch
+from fastedit.config import check, is_integer, is_number
+from fastedit.trace.embeddings import Moments, embedding_width
 
-__all__ = ["Noise", "subject_embeddings"]
+__all__ = ["Distribution", "Noise"]
 
-Distribution = Literal["gaussian", "uniform"]
+Distribution = Literal["gaussian", "uniform", "multivariate", "student"]
+_OF_A_CORPUS = ("multivariate", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,17 @@ class Noise:
         sigmas: scale in standard deviations of the embeddings of subjects (arXiv:2202.05262, appendix B.1: 3).
         scale: scale itself, instead of ``sigmas``: a number, or one per dimension.
         per_dimension: measure a standard deviation per dimension instead of one over all of them.
-        distribution: ``"gaussian"``, or ``"uniform"`` on [-scale, scale].
+        distribution: ``"gaussian"``; ``"uniform"`` on [-scale, scale]; ``"multivariate"``, Gaussian with the mean and
+            the covariance of a corpus' token embeddings; ``"student"``, the same with Student's t distribution.
+            The last two have the corpus' scale, so ``sigmas`` is not used.
+        degrees: degrees of freedom of ``"student"``, more than 2.
         replace: put the noise in place of the embeddings instead of adding it.
         seed: of the draws.
         redraw: severed runs draw anew for the run that restores, as the published code does; else they share the
             noise of the run that records what is frozen.
+
+    Raises:
+        ValueError: a value that breaks its rule, named ``noise.<field>``.
     """
 
     samples: int = 10
@@ -43,26 +49,45 @@ class Noise:
     scale: float | tuple[float, ...] | None = None
     per_dimension: bool = False
     distribution: Distribution = "gaussian"
+    degrees: float = 3.0
     replace: bool = False
     seed: int = 1
     redraw: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"noise.samples must be an integer of at least 1, got {self.samples!r}")
-        if self.distribution not in get_args(Distribution):
-            raise ValueError(
-                f"noise.distribution must be one of {', '.join(get_args(Distribution))}, got {self.distribution!r}"
-            )
-        if not _positive(self.sigmas):
-            raise ValueError(f"noise.sigmas must be a finite number > 0, got {self.sigmas!r}")
-        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
-        if self.scale is not None and not all(_not_negative(value) for value in scales):
-            raise ValueError(f"noise.scale must be finite and >= 0, got {self.scale!r}")
-        if self.scale is not None and self.per_dimension:
-            raise ValueError("noise.per_dimension must be False where noise.scale is given, got True")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"noise.seed must be an integer from 0 to 2**32 - 1, got {self.seed!r}")
+        if isinstance(self.scale, list):
+            object.__setattr__(self, "scale", tuple(self.scale))
+        samples, seed, scale, known = self.samples, self.seed, self.scale, get_args(Distribution)
+        check(is_integer(samples) and samples >= 1, "noise.samples", "be an integer of at least 1", samples)
+        ok = self.distribution in known
+        check(ok, "noise.distribution", f"be one of {', '.join(known)}", self.distribution)
+        ok = is_number(self.sigmas) and self.sigmas > 0
+        check(ok, "noise.sigmas", "be a finite number > 0", self.sigmas)
+        scales = scale if isinstance(scale, tuple) else () if scale is None else (scale,)
+        ok = scale is None or (len(scales) > 0 and all(is_number(x) and x >= 0 for x in scales))
+        check(ok, "noise.scale", "be finite and >= 0 (a number, or one per dimension)", scale)
+        for name in ("per_dimension", "replace", "redraw"):
+            value = getattr(self, name)
+            check(isinstance(value, bool), f"noise.{name}", "be True or False", value)
+        given = scale is not None
+        check(
+            not (given and self.per_dimension),
+            "noise.per_dimension",
+            "be False where noise.scale is given",
+            True,
+        )
+        if self.needs_corpus:
+            check(not given, "noise.scale", f"be None for {self.distribution!r}, which has its own", scale)
+            check(not self.per_dimension, "noise.per_dimension", f"be False for {self.distribution!r}", True)
+        ok = is_number(self.degrees) and self.degrees > 2
+        check(ok, "noise.degrees", "be a finite number > 2", self.degrees)
+        ok = is_integer(seed) and 0 <= seed < 2**32
+        check(ok, "noise.seed", "be an integer from 0 to 2**32 - 1", seed)
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether the rule is measured on a corpus instead of on subjects."""
+        return self.distribution in _OF_A_CORPUS
 
     def scaled(self, arch: ResolvedArch, embeddings: Tensor) -> Tensor:
         """The scale, ``[]`` or ``[d]`` float64 on the CPU.
@@ -71,13 +96,13 @@ class Noise:
             embeddings: ``[n, d]`` embeddings of subjects, which the standard deviation is measured on.
 
         Raises:
-            ValueError: a scale of another width than the model's, or a standard deviation of too few embeddings.
+            ValueError: a scale of another width than the embeddings', or a standard deviation of too few embeddings.
         """
         if self.scale is not None:
             scale = torch.tensor(self.scale, dtype=torch.float64)
-            if scale.ndim and len(scale) != arch.width:
+            if scale.ndim and len(scale) != (width := embedding_width(arch)):
                 raise ValueError(
-                    f"noise.scale must have one value or {arch.width}, the model's width, got {len(scale)}"
+                    f"noise.scale must have one value or {width}, the embeddings' width, got {len(scale)}"
                 )
             return scale
         if self.per_dimension and len(embeddings) < 2:
@@ -88,40 +113,48 @@ class Noise:
         std = embeddings.std(dim=0) if self.per_dimension else embeddings.std()
         return self.sigmas * std.double().cpu()
 
-    def draw(self, tokens: int, width: int, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Two draws ``[samples, tokens, width]`` float64; the second differs only with ``redraw``."""
+    def draw(self, tokens: int, width: int, measured: Tensor | Moments) -> tuple[Tensor, Tensor]:
+        """Two draws ``[samples, tokens, width]`` float64; the second differs only with ``redraw``.
+
+        Args:
+            measured: the scale, or the moments of a corpus where the rule is of one.
+        """
         generator = np.random.RandomState(self.seed)
         shape = (self.samples, tokens, width)
+        shaped = self._shaped(measured) if isinstance(measured, Moments) else lambda drawn: drawn * measured
 
         def one() -> Tensor:
             uniform = self.distribution == "uniform"
             drawn = generator.uniform(-1, 1, shape) if uniform else generator.randn(*shape)
-            return torch.from_numpy(drawn) * scale
+            return shaped(torch.from_numpy(drawn))
 
         first = one()
         return first, one() if self.redraw else first
 
+    def _shaped(self, moments: Moments) -> _Shaped:
+        # The published code's root of the covariance: which root decides the draws, not their distribution.
+        _, values, rows = torch.linalg.svd(moments.covariance)
+        return _Shaped(rows.mT * values.sqrt(), moments.mean, self.degrees if self._student else None)
 
-def subject_embeddings(
-    arch: ResolvedArch, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str]
-) -> Tensor:
-    """``[n, d]`` embeddings of all tokens of the subjects, special tokens included, as the published code takes them.
-
-    Raises ValueError for no subjects, or blank ones.
-    """
-    if not subjects or not all(isinstance(subject, str) and subject.strip() for subject in subjects):
-        raise ValueError(f"subjects must be one or more strings that are not blank, got {list(subjects)!r}")
-    ids = [number for subject in subjects for number in tokenizer(subject)["input_ids"]]
-    weight: Tensor = arch.embed.weight  # type: ignore[assignment]
-    with torch.no_grad():
-        # Through the module: some families scale what they look up.
-        found: Tensor = arch.embed(torch.tensor(ids, device=weight.device)[None])[0]
-    return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
+    @property
+    def _student(self) -> bool:
+        return self.distribution == "student"
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+@dataclass(frozen=True)
+class _Shaped:
+    """Standard normal draws ``[S, k, d]`` to draws with a mean and a covariance; of Student's t with ``degrees``."""
 
+    root: Tensor  # [d, d], root root^T = covariance
+    mean: Tensor
+    degrees: float | None
 
-def _not_negative(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    def __call__(self, drawn: Tensor) -> Tensor:
+        found = drawn @ self.root.mT + self.mean
+        if self.degrees is None:
+            return found
+        # A t draw is a normal one over sqrt(u / degrees), u of chi-squared; with degrees - 2 in place of degrees it
+        # keeps the covariance. A generator of its own, and one u a token, as published.
+        count = drawn.shape[0] * drawn.shape[1]
+        u = torch.from_numpy(np.random.RandomState(2).chisquare(self.degrees, count))
+        return found * ((self.degrees - 2) / u).sqrt().view(*drawn.shape[:2], 1)

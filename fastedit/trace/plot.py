@@ -95,7 +95,7 @@ def _figure(trace: CausalTrace, kinds: Sequence[str] | None) -> Figure:
     if rows == 1:
         with new_figure(max(5.0, 0.28 * next(iter(grids.values())).shape[1] * len(grids)), 3.4) as figure:
             _bars(figure.subplots(), trace, grids)
-            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
             return figure
     with new_figure(4.4 * len(grids) + 0.8, max(2.6, 0.24 * rows + 1.3)) as figure:
         axes = figure.subplots(1, len(grids), squeeze=False)[0]

@@ -85,8 +85,11 @@ def _figure(found: AverageTrace) -> Figure:
             frameon=False,
             fontsize=9,
         )
+        predicted = (
+            f" of {found.facts + found.skipped} facts, those predicted:" if found.skipped else " facts,"
+        )
         figure.suptitle(
-            f"{found.facts} facts, clean {found.high.mean():.3f}, corrupted {found.low.mean():.3f}; "
+            f"{found.facts}{predicted} clean {found.high.mean():.3f}, corrupted {found.low.mean():.3f}; "
             "bands: 95 % of the mean",
             fontsize=10,
         )

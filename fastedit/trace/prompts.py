@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastedit.arch import position_limit
-from fastedit.engine.encoder_decoder import is_encoder_decoder
+from fastedit.engine.encoder_decoder import decoder_start, is_encoder_decoder
 from fastedit.session import Session
 from fastedit.tokens import encode_prompt, target_ids
 
-__all__ = ["TracePrompt", "encode_trace"]
+__all__ = ["TracePrompt", "decoder_ids", "encode_trace"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,20 @@ def encode_trace(session: Session, prompt: str, subject: str, answer: str | None
             raise ValueError(f"answer must have at least one token, got {answer!r}")
         chosen = target_ids(tokenizer, answer)[0]
     return TracePrompt(text, subject, tuple(ids), span, chosen, tuple(tokenizer.decode([i]) for i in ids))
+
+
+def decoder_ids(session: Session, prefix: str | None) -> tuple[int, ...]:
+    """An encoder-decoder's decoder input before the answer: its start token and the prefix's tokens.
+
+    Raises ValueError for a prefix without tokens, or a model whose configuration names no start token.
+    """
+    start = decoder_start(session.arch)
+    if prefix is None:
+        return (start,)
+    ids = session.tokenizer.encode(prefix, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"decoder_prefix must have at least one token, got {prefix!r}")
+    return (start, *ids)
 
 
 def _span(session: Session, text: str, start: int, end: int) -> tuple[int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 
 from fastedit.atomic_file import atomic_path
 
-__all__ = ["TITLES", "CausalTrace"]
+__all__ = ["TITLES", "CausalTrace", "trace_files"]
 
 TITLES = {
     "hidden": "hidden state",
@@ -26,9 +28,23 @@ TITLES = {
 }
 
 
+def trace_files(path: str | Path, kinds: Sequence[str]) -> list[Path]:
+    """What saving a trace of these kinds under a path writes: one ``.json``, or an ``.npz`` a kind.
+
+    ``name.npz`` holds the hidden states, ``name_mlp.npz`` the MLPs and so on, as published. Raises ValueError for
+    another suffix.
+    """
+    target = Path(path)
+    if target.suffix == ".json":
+        return [target]
+    if target.suffix != ".npz":
+        raise ValueError(f"path must end in .json or .npz, got {str(target)!r}")
+    return [target if kind == "hidden" else target.with_name(f"{target.stem}_{kind}.npz") for kind in kinds]
+
+
 @dataclass(frozen=True, eq=False)
 class CausalTrace:
-    """One prompt's trace.
+    """One prompt's trace. Making one with a score that is not finite raises ValueError.
 
     Attributes:
         prompt, subject: what was asked.
@@ -41,6 +57,8 @@ class CausalTrace:
         low_score, high_score: its mean probability in the corrupted runs, and that in the clean one.
         window: layers that a cell of ``"mlp"`` or ``"attn"`` restores.
         scores: kind -> ``[len(traced), layers]`` float64, mean probability of the answer with a cell restored.
+        engine: how the runs were made: ``"packed tokens"``; ``"padded rows"`` and why; of an encoder-decoder ``"rows of
+            one length"``. Changes no result.
     """
 
     prompt: str
@@ -56,6 +74,19 @@ class CausalTrace:
     high_score: float
     window: int
     scores: dict[str, np.ndarray] = field(repr=False)
+    engine: str = "packed tokens"
+
+    def __post_init__(self) -> None:
+        for name in ("low_score", "high_score"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)} for {self.prompt!r}")
+        for kind, grid in self.scores.items():
+            if not np.isfinite(grid).all():
+                row, layer = np.argwhere(~np.isfinite(grid))[0].tolist()
+                raise ValueError(
+                    f"scores of {kind} must be finite, got {grid[row, layer]} at token {self.traced[row]} "
+                    f"and layer {layer} for {self.prompt!r}"
+                )
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -102,6 +133,7 @@ class CausalTrace:
             "high_score": self.high_score,
             "window": self.window,
             "scores": {kind: grid.tolist() for kind, grid in self.scores.items()},
+            "engine": self.engine,
         }
 
     @classmethod
@@ -119,26 +151,30 @@ class CausalTrace:
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"values must be what CausalTrace.to_dict gives: {error}") from error
 
-    def save(self, path: str | Path) -> list[Path]:
+    def save(self, path: str | Path, *, force: bool = False) -> list[Path]:
         """Write ``.json`` (everything) or ``.npz`` (the published code's keys); returns what was written.
 
-        One ``.npz`` holds one kind, as published: ``name.npz`` the hidden states, ``name_mlp.npz`` the MLPs and so on.
-        Raises ValueError for another suffix, before anything is written.
+        One ``.npz`` holds one kind, so there may be several: see `trace_files`. The file that is named is replaced; the
+        others are only with ``force``. Raises ValueError for another suffix or a file that is there, before anything is
+        written.
         """
         target = Path(path)
+        files = trace_files(target, self.kinds)
+        for file in files:
+            if file != target and not force and file.exists():
+                raise ValueError(
+                    f"path must leave {file.name}, a file of the same trace, free (force=True replaces it), "
+                    f"got {str(target)!r}"
+                )
         if target.suffix == ".json":
+            text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
             with atomic_path(target) as part:
-                part.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=1), encoding="utf-8")
-            return [target]
-        if target.suffix != ".npz":
-            raise ValueError(f"path must end in .json or .npz, got {str(target)!r}")
-        written = []
-        for kind in self.scores:
-            name = target if kind == "hidden" else target.with_name(f"{target.stem}_{kind}.npz")
-            with atomic_path(name) as part, part.open("wb") as file:
-                np.savez(file, **self.arrays(kind))
-            written.append(name)
-        return written
+                part.write_text(text, encoding="utf-8")
+            return files
+        for file, kind in zip(files, self.scores, strict=True):
+            with atomic_path(file) as part, part.open("wb") as out:
+                np.savez(out, **self.arrays(kind))
+        return files
 
     def plot(self, path: str | Path, *, kinds: tuple[str, ...] | None = None) -> Path:
         """Write a heat map a kind; the suffix, .png or .svg, chooses the format. Returns the path."""

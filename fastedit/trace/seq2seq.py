@@ -16,44 +16,30 @@ decoder tokens before the cell's; the head but for the last token. Results equal
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastedit.arch import ResolvedArch
-from fastedit.engine.encoder_decoder import Decoder, Encoder, Encodings, decoder_start
+from fastedit.engine.encoder_decoder import Decoder, Encoder, Encodings, source_side
 from fastedit.engine.fused import fused_activations
 from fastedit.forward import evaluating
 from fastedit.session import Session
 from fastedit.trace.budget import combined
-from fastedit.trace.causal import TraceOptions, noises_of
-from fastedit.trace.lanes import Lane
-from fastedit.trace.neurons_clean import last_layer_probability
-from fastedit.trace.prompts import TracePrompt
+from fastedit.trace.draws import Draws, DrawsGiven
+from fastedit.trace.embeddings import Moments
+from fastedit.trace.head import check_restored, plain, probabilities
+from fastedit.trace.lanes import Cell, Lane
+from fastedit.trace.options import TraceOptions
+from fastedit.trace.prompts import TracePrompt, decoder_ids
 from fastedit.trace.result import CausalTrace
 from fastedit.trace.seq2seq_budget import SideBudget
 from fastedit.trace.seq2seq_lanes import severs, side_families
 from fastedit.trace.seq2seq_sweep import DecoderSide, EncoderSide, Side
 
-__all__ = ["decoder_ids", "trace_seq2seq"]
-
-_HEAD_ROWS = 128
-
-
-def decoder_ids(session: Session, prefix: str | None) -> tuple[int, ...]:
-    """The decoder's input: its start token and the prefix's tokens.
-
-    Raises ValueError for a prefix without tokens, or a model whose configuration names no start token.
-    """
-    start = decoder_start(session.arch)
-    if prefix is None:
-        return (start,)
-    ids = session.tokenizer.encode(prefix, add_special_tokens=False)
-    if not ids:
-        raise ValueError(f"decoder_prefix must have at least one token, got {prefix!r}")
-    return (start, *ids)
+__all__ = ["trace_seq2seq"]
 
 
 def trace_seq2seq(
@@ -62,33 +48,42 @@ def trace_seq2seq(
     options: TraceOptions,
     *,
     subjects: Sequence[str] | None = None,
-    draws: Sequence[Sequence[Tensor]] | None = None,
+    texts: Iterable[str] | Moments | None = None,
+    draws: DrawsGiven | None = None,
 ) -> list[CausalTrace]:
     """`fastedit.trace.causal.trace_prompts` for an encoder-decoder, with the same arguments.
 
     With ``side="decoder"`` a trace's tokens are the decoder's, and its ``subject_range`` is empty.
 
     Raises:
-        ValueError: no prompts, draws of another shape, a prefix without tokens, or a clean run that gives NaN.
+        ValueError: no prompts, malformed draws or ones that are not finite, a prefix without tokens, or a run that
+            gives NaN or infinity.
     """
     if not prompts:
         raise ValueError("prompts: at least one is needed, got 0")
     behind = decoder_ids(session, options.decoder_prefix)
-    encoder = Encoder(session.arch, 1).arch
-    noises = noises_of(session, encoder, prompts, options, subjects, draws)
-    names = {kind.removeprefix("severed_") for kind in options.kinds if kind != "hidden"}
-    arch = session.arch if options.side == "decoder" else encoder
+    noise = Draws(session, prompts, options, subjects, texts, draws)
+    names = sorted({kind.removeprefix("severed_") for kind in options.kinds if kind != "hidden"})
+    arch = session.arch if options.side == "decoder" else source_side(session.arch)
     found = []
     with evaluating(session.model), fused_activations(session.arch):
-        for prompt, sets in zip(prompts, noises, strict=True):
-            samples = len(sets[0])
-            budget = SideBudget.of(arch, session.arch, options.memory, len(names), len(prompt), len(behind))
-            step = max(1, min(samples, (budget.kept // len(prompt) - 1) // len(sets)))
+        for index, prompt in enumerate(prompts):
+            sets, samples = noise.sets(index), noise.samples(index)
+            budget = SideBudget.of(
+                arch,
+                session.arch,
+                options.memory,
+                parts=len(names),
+                source=len(prompt),
+                behind=len(behind),
+                noise=noise.nbytes(),
+            )
+            step = max(1, (budget.kept // len(prompt) - 1) // sets)
             parts = []
             for start in range(0, samples, step):
-                some = tuple(rows[start : start + step] for rows in sets)
-                one = _One(session, prompt, behind, some, options, sorted(names), budget)
-                parts.append((len(some[0]), one.trace()))
+                drawn = noise.of(index, slice(start, min(start + step, samples)))
+                one = _One(session, prompt, behind, drawn, options, names, budget)
+                parts.append((len(drawn[0]), one.trace()))
             found.append(combined(parts))
     return found
 
@@ -130,7 +125,9 @@ class _One:
     def trace(self) -> CausalTrace:
         """All cells."""
         prompt, options, side = self._prompt, self._options, self._side
-        answer, predicted, high, low = self._plain()
+        counts = [len(drawn) for drawn in self._sets]
+        read = plain(self._session.arch, [prompt], [counts], self._final[:1], self._final[1:])
+        (answer,), (high,), (low,) = read.answers, read.high, read.low
         decoder = self._on_decoder
         depth, length = side.arch.depth, len(self._behind if decoder else prompt)
         tokens = tuple(range(length)) if options.tokens == "all" else (prompt.span[1] - 1,)
@@ -146,12 +143,13 @@ class _One:
         families = side_families(
             options.kinds, tokens, depth=depth, length=length, window=options.window, causal=decoder
         )
-        found: dict[tuple[str, int, int], list[Tensor]] = {}
+        found: dict[Cell, list[Tensor]] = {}
         for lanes, samples, chosen in self._groups(families, length):
             finals = side.finals(lanes, samples, chosen)
             last = finals[:, -1] if decoder else self._decoded(self._encoder.states(finals))
-            p = self._probabilities(last, answer).split(len(samples))
+            p = probabilities(self._session.arch, last, [answer] * len(last)).split(len(samples))
             for lane, part in zip(lanes, p, strict=True):
+                check_restored(part, *lane.cells[0], prompt.text)
                 for cell in lane.cells:
                     found.setdefault(cell, []).append(part)
         for (kind, token, layer), pieces in found.items():
@@ -166,11 +164,12 @@ class _One:
             traced=tokens,
             answer_id=answer,
             answer=tokenizer.decode([answer]),
-            correct_prediction=predicted == answer,
+            correct_prediction=read.predicted[0] == answer,
             low_score=low[0],
             high_score=high,
             window=options.window,
             scores=scores,
+            engine="rows of one length",
         )
 
     def _embedded(self, arch: ResolvedArch) -> Tensor:
@@ -195,33 +194,6 @@ class _One:
                     hidden, _ = self._decoder.block(layer, hidden, encodings)
                 found.append(hidden[:, -1])
         return torch.cat(found)
-
-    def _plain(self) -> tuple[int, int, float, list[float]]:
-        """The answer, the clean run's prediction, its probability, and the corrupted one's by set of draws."""
-        with torch.no_grad():
-            logits = self._session.arch.logits(self._final[:1])[0]
-        if bool(logits.isnan().any()) or not bool(logits.isfinite().any()):
-            raise ValueError(
-                f"model: the clean run of the prompt must be finite, got NaN for {self._prompt.text!r}"
-            )
-        predicted = int(logits.argmax())
-        answer = predicted if self._prompt.answer is None else self._prompt.answer
-        p = self._probabilities(self._final, answer)
-        return (
-            answer,
-            predicted,
-            float(p[0]),
-            [float(rows.mean()) for rows in p[1:].split(len(self._sets[0]))],
-        )
-
-    def _probabilities(self, hidden: Tensor, answer: int) -> Tensor:
-        """``[n]`` float64 on the CPU."""
-        with torch.no_grad():
-            found = [
-                last_layer_probability(self._session.arch, rows, torch.full((len(rows),), answer))
-                for rows in hidden.split(_HEAD_ROWS)
-            ]
-        return torch.cat(found).double().cpu()
 
     def _groups(
         self, families: Sequence[tuple[Lane, ...]], length: int

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastedit.arch import ResolvedArch
 from fastedit.engine.memory import free_memory
+from fastedit.trace.head import head_bytes
 
 __all__ = ["SideBudget"]
 
@@ -35,16 +36,21 @@ class SideBudget:
         side: ResolvedArch,
         decoder: ResolvedArch,
         memory: int | None,
+        *,
         parts: int,
         source: int,
         behind: int,
+        noise: int,
     ) -> SideBudget:
         """Two fifths of ``memory`` bytes (of a part of what is free) for what is kept, and for what runs.
+
+        What does not grow with rows, such as the head's logits, is taken off before.
 
         Args:
             side: whose cells run.
             parts: sub-layers whose outputs are kept.
             source, behind: tokens of the encoder's and the decoder's input.
+            noise: bytes of a prompt's noise.
         """
         weight: Tensor = side.mlp_out(0).weight  # type: ignore[assignment]
         attention: Any = side.attn(0)
@@ -57,7 +63,9 @@ class SideBudget:
         # The stream and copies of it, queries, keys and values, the MLP's inside.
         at_once = size * (8 * width + 8 * inner + 4 * side.key_dim(0))
         row = behind * (at_once + size * heads * (3 * width + source)) + 2 * size * source * width
-        half = int(0.4 * (memory or 0.6 * free_memory(weight.device)))
+        # The head is as large for one row as for many.
+        fixed = head_bytes(decoder) + 2 * noise
+        half = max(0, int(0.4 * (int(memory or 0.6 * free_memory(weight.device)) - fixed)))
         kept, run = half // (stay + at_once), half // at_once
         if memory is None:
             enough = _ENOUGH.get(weight.device.type, _FEW)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastedit.atomic_file import atomic_path
+from fastedit.engine.encoder_decoder import source_side
 from fastedit.session import Session
 from fastedit.trace.average import AverageTrace, average
 from fastedit.trace.causal import TraceOptions, trace_prompts
+from fastedit.trace.embeddings import corpus_moments
 from fastedit.trace.facts import TraceFact
 from fastedit.trace.prompts import TracePrompt, encode_trace
 from fastedit.trace.result import CausalTrace
+from fastedit.trace.study_folder import claim, settings_of
 
-__all__ = ["StudyProgress", "read_study", "trace_facts"]
-
-_SETTINGS = "study.json"
+__all__ = ["Study", "StudyProgress", "read_study", "trace_facts"]
 
 
 @dataclass(frozen=True)
@@ -39,59 +37,105 @@ class StudyProgress:
     eta_seconds: float | None
 
 
+class Study:
+    """Facts and the folder that their traces go to.
+
+    Attributes:
+        total: number of facts.
+        found: traces that are there, by number of the fact.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        facts: Sequence[TraceFact],
+        directory: str | Path,
+        options: TraceOptions | None = None,
+        *,
+        texts: Iterable[str] | None = None,
+    ) -> None:
+        """Check the facts, make the folder or make sure that it holds this study, and read the traces in it.
+
+        Args:
+            directory: a new or empty folder, or one of the same facts, options and model, whose traces are kept.
+            texts: corpus of the noise rules that are measured on one.
+
+        Raises:
+            ValueError: naming the fact or the file: no facts, what `encode_trace` refuses, a folder of another study
+                (with what differs), or a damaged trace in it. No folder is made then.
+        """
+        self._session, self._options = session, options or TraceOptions()
+        if not facts:
+            raise ValueError("facts: at least one is needed, got 0")
+        self._facts, self._texts = list(facts), None if texts is None else list(texts)
+        self._prompts: list[TracePrompt] = []
+        for fact in facts:
+            try:
+                self._prompts.append(encode_trace(session, fact.prompt, fact.subject, fact.answer))
+            except ValueError as error:
+                raise ValueError(f"fact {fact.id!r}: {error}") from None
+        home = Path(directory)
+        claim(home, settings_of(session, facts, self._options, self._texts))
+        self._files = [home / "cases" / f"{number}.json" for number in range(len(facts))]
+        self.found = {i: _read(file) for i, file in enumerate(self._files) if file.exists()}
+
+    @property
+    def total(self) -> int:
+        """Number of facts."""
+        return len(self._facts)
+
+    def run(
+        self, batch: int = 4, progress: Callable[[StudyProgress], None] | None = None
+    ) -> list[CausalTrace]:
+        """Trace what is not there yet, ``batch`` prompts in a sweep; returns all traces in the facts' order.
+
+        Stopped at any time, it goes on from the last batch that was done. Raises ValueError for a batch below 1, or a
+        run that gives NaN or infinity.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        # Prompts of one length next to each other: a sweep wastes nothing on filling up.
+        waiting = sorted(
+            (i for i in range(self.total) if i not in self.found), key=lambda i: len(self._prompts[i])
+        )
+        subjects = [fact.subject for fact in self._facts]
+        moments = None
+        if self._options.noise.needs_corpus and self._texts is not None:
+            arch = source_side(self._session.arch)
+            moments = corpus_moments(arch, self._session.tokenizer, self._texts)
+        start, before = time.monotonic(), len(self.found)
+        for first in range(0, len(waiting), batch):
+            part = waiting[first : first + batch]
+            prompts = [self._prompts[i] for i in part]
+            traces = trace_prompts(self._session, prompts, self._options, subjects=subjects, texts=moments)
+            for i, trace in zip(part, traces, strict=True):
+                trace.save(self._files[i].with_suffix(".npz"), force=True)
+                # Last, for it is what says that the fact is done.
+                trace.save(self._files[i])
+                self.found[i] = trace
+            if progress is not None:
+                seconds = time.monotonic() - start
+                left = (self.total - len(self.found)) * seconds / (len(self.found) - before)
+                progress(StudyProgress(len(self.found), self.total, seconds, left))
+        return [self.found[i] for i in range(self.total)]
+
+
 def trace_facts(
     session: Session,
     facts: Sequence[TraceFact],
     directory: str | Path,
     options: TraceOptions | None = None,
     *,
+    texts: Iterable[str] | None = None,
     batch: int = 4,
     progress: Callable[[StudyProgress], None] | None = None,
 ) -> list[CausalTrace]:
     """Trace facts into ``directory/cases``, several prompts in a sweep, and return all traces in the facts' order.
 
     What is there already is read instead of run. Noise is scaled by the embeddings of all facts' subjects, as
-    published.
-
-    Args:
-        batch: prompts of one sweep; memory may divide it further.
-
-    Raises:
-        ValueError: no facts, a fact that cannot be traced (all are checked before any work), or a directory of a
-            study of other facts, options or another model.
+    published. See `Study` for the arguments and what is raised.
     """
-    options = options or TraceOptions()
-    if not facts:
-        raise ValueError("facts: at least one is needed, got 0")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be an integer of at least 1, got {batch!r}")
-    prompts: list[TracePrompt] = []
-    for fact in facts:
-        try:
-            prompts.append(encode_trace(session, fact.prompt, fact.subject, fact.answer))
-        except ValueError as error:
-            raise ValueError(f"fact {fact.id!r}: {error}") from None
-    home = Path(directory)
-    _claim(home, _settings(session, facts, options))
-    files = [home / "cases" / f"{number}.json" for number in range(len(facts))]
-    found: dict[int, CausalTrace] = {i: _read(file) for i, file in enumerate(files) if file.exists()}
-    # Prompts of one length next to each other: a sweep wastes nothing on filling up.
-    waiting = sorted((i for i in range(len(facts)) if i not in found), key=lambda i: len(prompts[i]))
-    subjects = [fact.subject for fact in facts]
-    start, before = time.monotonic(), len(found)
-    for first in range(0, len(waiting), batch):
-        part = waiting[first : first + batch]
-        traces = trace_prompts(session, [prompts[i] for i in part], options, subjects=subjects)
-        for i, trace in zip(part, traces, strict=True):
-            trace.save(files[i].with_suffix(".npz"))
-            # Last, for it is what says that the fact is done.
-            trace.save(files[i])
-            found[i] = trace
-        if progress is not None:
-            seconds = time.monotonic() - start
-            left = (len(facts) - len(found)) * seconds / (len(found) - before)
-            progress(StudyProgress(len(found), len(facts), seconds, left))
-    return [found[i] for i in range(len(facts))]
+    return Study(session, facts, directory, options, texts=texts).run(batch, progress)
 
 
 def read_study(directory: str | Path, *, all_facts: bool = False) -> AverageTrace:
@@ -99,7 +143,8 @@ def read_study(directory: str | Path, *, all_facts: bool = False) -> AverageTrac
 
     Raises ValueError where it holds no trace, or a damaged one.
     """
-    files = sorted((Path(directory) / "cases").glob("*.json"), key=lambda file: int(file.stem))
+    named = [file for file in (Path(directory) / "cases").glob("*.json") if file.stem.isdecimal()]
+    files = sorted(named, key=lambda file: int(file.stem))
     if not files:
         raise ValueError(
             f"directory must hold the traces of `fastedit trace --facts`, got {str(directory)!r}"
@@ -112,45 +157,3 @@ def _read(file: Path) -> CausalTrace:
         return CausalTrace.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{file}: not a readable trace ({error}); delete it and run again") from None
-
-
-def _settings(session: Session, facts: Sequence[TraceFact], options: TraceOptions) -> dict[str, Any]:
-    """What a study's traces depend on."""
-    from fastedit.stats.provenance import model_fingerprint, tokenizer_fingerprint
-
-    listed = json.dumps([asdict(fact) for fact in facts], ensure_ascii=False)
-    chosen = asdict(options)
-    chosen.pop("memory")
-    # Through JSON and back: tuples become lists, as they are when read.
-    settings: dict[str, Any] = json.loads(
-        json.dumps(
-            {
-                "options": chosen,
-                "facts": hashlib.sha256(listed.encode()).hexdigest(),
-                "model": model_fingerprint(session.arch),
-                "tokenizer": tokenizer_fingerprint(session.tokenizer),
-            }
-        )
-    )
-    return settings
-
-
-def _claim(home: Path, settings: dict[str, Any]) -> None:
-    file = home / _SETTINGS
-    if file.exists():
-        try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{file}: not readable; delete the folder and run again") from None
-        differing = [name for name in settings if there.get(name) != settings[name]]
-        if differing:
-            raise ValueError(
-                f"directory must be new or hold this study to go on with, but {str(home)!r} "
-                f"was made with other {' and '.join(differing)}"
-            )
-        return
-    if home.exists() and any(home.iterdir()):
-        raise ValueError(f"directory must be new, empty or hold a study to go on with, got {str(home)!r}")
-    (home / "cases").mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as part:
-        part.write_text(json.dumps(settings, indent=1), encoding="utf-8")

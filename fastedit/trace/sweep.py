@@ -29,6 +29,7 @@ from fastedit.engine.forest import Branch
 from fastedit.engine.fused import fused_activations
 from fastedit.engine.packed import BlockRunner, Plan, at_tokens
 from fastedit.trace.base import Base
+from fastedit.trace.hooks import hooks, part_module
 from fastedit.trace.lanes import Lane
 
 __all__ = ["Run", "Sweep", "grouped"]
@@ -111,17 +112,12 @@ class Sweep:
     @contextmanager
     def running(self) -> Iterator[None]:
         """The context of `finals`: attention handed over, hooks on sub-layers."""
-        handles = []
-        for part in self._base.parts:
-            for layer in range(self._arch.depth):
-                module = self._arch.mlp(layer) if part == "mlp" else self._arch.attn(layer)
-                handles.append(module.register_forward_hook(self._patching(part)))
-        try:
+        with hooks() as hook:
+            for part in self._base.parts:
+                for layer in range(self._arch.depth):
+                    hook(part_module(self._arch, part, layer), self._patching(part))
             with torch.no_grad(), attending(self._arch, self._runner.attend), fused_activations(self._arch):
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _patching(self, part: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -159,7 +155,8 @@ class Sweep:
                 continue
             name, named = self._base.calls[layer]
             call = name, at_tokens(named, lanes.numbers(hidden.device), self._base.count)
-            store = self._store
+            # Not a method of this object: the runner keeps it, and a cycle would keep all tensors until a collection.
+            store = self._base.store
             if layer < depth - 1:
                 self._patch = self._patches(lanes, layer, None)
                 hidden = self._runner.block(layer, hidden[None], call, lanes.plan(hidden.device), store)[0]
@@ -182,9 +179,6 @@ class Sweep:
             head = head if run.lane.fork else i
             found[i] = head
         return found
-
-    def _store(self, layer: int, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor]:
-        return self._base.keys[layer], self._base.values[layer]
 
     def _entry(self, run: Run) -> Tensor:
         """``[tokens, d]`` input of block ``lane.start``: corrupted but for the lane's token."""

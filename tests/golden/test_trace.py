@@ -10,7 +10,7 @@ from golden.golden import Case, case_names, load_case, load_model
 
 from fastedit.session import Session
 from fastedit.trace import CausalTrace, Noise, TraceOptions, encode_trace, trace_prompts
-from fastedit.trace.noise import subject_embeddings
+from fastedit.trace.embeddings import subject_embeddings
 
 NAMES = case_names("trace-gpt2-facts", "trace-gptj-facts", "trace-llama-facts")
 TOLERANCE = 1e-5

@@ -174,7 +174,7 @@ def test_published_settings() -> None:
         ({"refine": 1}, "refine must be true or false, got 1"),
         ({"old_weight": -1}, "old_weight must be a number >= 0, or None, got -1"),
         ({"new_weight": float("inf")}, "new_weight must be a number >= 0, or None"),
-        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"steps": 0}, "steps must be an integer from 1 to 100000, got 0"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
@@ -190,8 +190,6 @@ def test_bad_requests_change_nothing() -> None:
         ed.solve(request, "kn", old_answer="target_true")
     with pytest.raises(ValueError, match="targets must not be given"):
         ed.solve(REQUEST, "kn", targets=torch.zeros(1, 32))
-    with pytest.raises(ValueError, match="causal decoders, got model_type='bert'"):
-        Editor(tiny_model("bert"), tiny_tokenizer()).solve(REQUEST, "kn")
     with pytest.raises(ValueError, match="request 'tower': no neuron is above the threshold"):
         # At zero activation the only point of the path gives no gradient through a dead layer.
         with torch.no_grad():
@@ -202,3 +200,102 @@ def test_bad_requests_change_nothing() -> None:
         name = f"{ed.session.arch.name('mlp_out', layer)}.weight"
         ed.model.state_dict()[name].copy_(before[name])
     assert all(torch.equal(value, before[name]) for name, value in ed.model.state_dict().items())
+
+
+def test_a_request_that_does_not_fit_is_named_before_the_first_is_solved() -> None:
+    ed = editor()
+    long = {**REQUEST, "id": "long", "prompt": "{} " + "word " * 100}
+    for request in (long, {key: value for key, value in long.items() if key != "target_true"}):
+        with pytest.raises(
+            ValueError, match="request 'long': prompts: .* the model has 128 positions"
+        ) as caught:
+            ed.solve([REQUEST, request], "kn")
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match="request 'long': prompts: .* the model has 128 positions"):
+            ed.estimate([REQUEST, request], "kn")
+
+
+def test_options_that_would_be_ignored_are_refused() -> None:
+    ed = editor()
+    for options, message in (
+        ({"operation": "suppress", "scale": "norm"}, "scale must be left out with operation='suppress'"),
+        ({"operation": "enhance", "new_weight": 1.0}, "new_weight must be left out with operation='enhance'"),
+        ({"p": 0.7}, "p must be left out without refine=True, got 0.7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ed.solve(REQUEST, "kn", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "bert"])
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    """Neurons are those of the same weights in float32, and the update is float32."""
+    half, wide = (masked(tiny_model(family, dtype=dtype)) for _ in range(2))
+    wide.model.float()
+    request = MASKED if family == "bert" else REQUEST
+    found, want = (ed.solve(request, "kn", adaptive_threshold=0.5, **OPTIONS) for ed in (half, wide))
+    one, other = ({tuple(neuron) for neuron in edit.info["neurons"][0]["neurons"]} for edit in (found, want))
+    prompt = TEXT if family != "bert" else "The Eiffel Tower is located in [MASK] today"
+    scores = wide.neurons(prompt, "of", **OPTIONS).scores[0]
+    # A neuron that lies on the threshold to the type's rounding may fall either way.
+    edge = ((scores / (0.5 * scores.max()) - 1).abs() < 0.05).nonzero().tolist()
+    assert one ^ other <= {(layer, neuron) for layer, neuron in edge}
+    assert one & other
+    assert all(delta.dense().dtype == torch.float32 for delta in found.deltas)
+
+
+MASKED = {
+    "id": "tower",
+    "prompt": "{} is located in [MASK] today",
+    "subject": "The Eiffel Tower",
+    "target_new": "the",
+    "target_true": "of",
+    "probes": [{"kind": "paraphrase", "prompt": "[MASK] has The Eiffel Tower", "target": "the"}],
+}
+
+
+def masked(model: Any) -> Editor:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    return Editor(model, tokenizer)
+
+
+def bert_scores(ed: Editor, prompt: str, answer: int) -> Tensor:
+    ids = ed.tokenizer(prompt)["input_ids"]
+    modules = [ed.session.arch.name("mlp_out", layer) for layer in range(4)]
+    place = ids.index(ed.tokenizer.mask_token_id)
+    points = [k / 5 for k in range(5)]
+    return twin.attribution(ed.model, modules, ids, [answer], fractions=points, position=place)
+
+
+@pytest.mark.parametrize("scale", ["plain", "norm"])
+@pytest.mark.parametrize("refine", [False, True])
+def test_bert_writes_into_value_slots_at_its_mask(scale: str, refine: bool) -> None:
+    ed = masked(tiny_model("bert"))
+    prompts = ["The Eiffel Tower is located in [MASK] today", "[MASK] has The Eiffel Tower"]
+    scores = [bert_scores(ed, prompt, token(ed, " of")) for prompt in prompts[: 1 + refine]]
+    neurons = twin.refined_neurons(scores, 0.2, 0.4)
+    ids = ed.tokenizer(prompts[0])["input_ids"]
+    at = ed.model(input_ids=torch.tensor([ids])).logits[0, ids.index(ed.tokenizer.mask_token_id)]
+    old, new = embedding(ed, [int(at.argmax())]), embedding(ed, [token(ed, " the")])
+    edit = ed.solve(MASKED, "kn", scale=scale, refine=refine, **OPTIONS)
+    if scale == "plain":
+        want = expected(ed, neurons, lambda _: -2 * old + 2 * new)
+    else:
+        want = expected(ed, neurons, lambda w: w.norm() * (-old / old.norm() + 8 * new / new.norm()))
+    same(edit, want)
+    before = {name: value.clone() for name, value in ed.model.state_dict().items()}
+    ed.apply(edit)
+    ed.revert(edit)
+    assert all(torch.equal(value, before[name]) for name, value in ed.model.state_dict().items())
+
+
+def test_bert_takes_answers_of_one_token_and_prompts_with_a_mask() -> None:
+    ed = masked(tiny_model("bert"))
+    for changes, message in (
+        ({"target_new": "physics and chemistry"}, "field 'target_new': must be one token"),
+        ({"target_true": "physics and chemistry"}, "answer must be one token for a masked language model"),
+        ({"prompt": "{} is in"}, "prompts must hold the mask token"),
+    ):
+        with pytest.raises(ValueError, match=f"request 'tower': {message}"):
+            ed.solve({**MASKED, **changes}, "kn", **OPTIONS)

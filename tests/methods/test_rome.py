@@ -9,6 +9,7 @@ from reference.rome import rome as naive_rome
 from tiny import CAUSAL, tiny_model, tiny_tokenizer
 
 from fastedit.editor import Editor
+from fastedit.methods import names
 from fastedit.stats import SecondMoment
 
 LAYER = 1
@@ -158,7 +159,7 @@ def test_bad_input_around_the_solve() -> None:
         ed.solve(REQUESTS[0], "rome", OPTIONS, targets=torch.zeros(2, 32))
     with pytest.raises(ValueError, match="targets must be finite"):
         ed.solve(REQUESTS[0], "rome", OPTIONS, targets=torch.full((1, 32), float("nan")))
-    with pytest.raises(ValueError, match="method must be one of memit, rome, got 'romr'"):
+    with pytest.raises(ValueError, match=f"method must be one of {', '.join(names())}, got 'romr'"):
         ed.solve(REQUESTS[0], "romr", OPTIONS)
     with pytest.raises(ValueError, match="targets must be a float tensor, got list"):
         ed.solve(REQUESTS[0], "rome", OPTIONS, targets=[[0.0] * 32])  # type: ignore[arg-type]

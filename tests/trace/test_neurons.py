@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -150,48 +151,6 @@ def test_scores_sum_to_what_the_layer_gives_the_answer() -> None:
         assert float(found.scores[0, layer].sum()) == pytest.approx(found.probability[0] - without, rel=2e-3)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom"])
-def test_chunks_change_no_result(family: str) -> None:
-    made = session(family)
-    whole = find_neurons(made, PROMPTS, " Rome", NeuronOptions(steps=6))
-    for budget in (1, 200_000):
-        parts = find_neurons(made, PROMPTS, " Rome", NeuronOptions(steps=6, memory_budget=budget))
-        assert error(parts.scores, whole.scores) <= 1e-5
-        assert parts.neurons == whole.neurons
-
-
-def test_the_budget_bounds_what_a_sweep_keeps() -> None:
-    from fastedit.trace.neurons_clean import Question
-    from fastedit.trace.neurons_sweep import NeuronSweep
-
-    made = session("gpt2")
-    ids = tuple(made.tokenizer.encode(PROMPTS[0]))
-    kept: list[int] = []
-
-    class Watched(NeuronSweep):
-        def _sweep(self, joins: Any) -> Any:
-            total = 0
-
-            def pack(tensor: torch.Tensor) -> torch.Tensor:
-                nonlocal total
-                total += tensor.nbytes
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                found = super()._sweep(joins)
-            kept.append(total)
-            return found
-
-    points, layers = fractions(20, "left"), range(DEPTH)
-    Watched(made.arch, [Question(ids, len(ids) - 1, 5)], layers, points, "activation", 1 << 40).run()
-    (whole,) = kept
-    kept.clear()
-    Watched(made.arch, [Question(ids, len(ids) - 1, 5)], layers, points, "activation", whole // 4).run()
-    assert len(kept) > 4
-    own = sum(parameter.nbytes for parameter in made.model.parameters())
-    assert max(kept) - own < whole // 4
-
-
 def test_some_layers_only() -> None:
     made = session("llama")
     every = find_neurons(made, PROMPTS[0], " Rome", NeuronOptions())
@@ -200,44 +159,6 @@ def test_some_layers_only() -> None:
     assert error(some.scores, every.scores[:, [1, 3]]) <= 1e-5
     assert error(some.activations, every.activations[:, [1, 3]]) <= 1e-6
     assert {layer for layer, _ in some.neurons} <= {1, 3}
-
-
-def test_masked_language_models() -> None:
-    model = tiny_model("bert")
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    made = Session(model, tokenizer)
-    prompt = "The Eiffel Tower is located in [MASK] today."
-    found = find_neurons(made, prompt, " the", NeuronOptions(steps=6))
-    ids = tokenizer(prompt)["input_ids"]
-    modules = [made.arch.name("mlp_out", layer) for layer in range(DEPTH)]
-    place = ids.index(tokenizer.mask_token_id)
-    want = twin.attribution(
-        model, modules, ids, found.answer_ids, fractions=fractions(6, "left"), position=place
-    )
-    assert error(found.scores[0], want) <= 1e-4
-    assert set(found.neurons) == twin.coarse_neurons(want, 0.2)
-    with pytest.raises(ValueError, match="prompts must hold the mask token"):
-        find_neurons(made, "no mask", " the", NeuronOptions())
-    with pytest.raises(ValueError, match="answer must be one token"):
-        find_neurons(made, prompt, " physics and chemistry", NeuronOptions())
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_half_precision_follows_float32(family: str) -> None:
-    made, wide = session(family, torch.bfloat16), session(family)
-    found = find_neurons(made, PROMPTS[0], " Rome", NeuronOptions())
-    want = find_neurons(wide, PROMPTS[0], " Rome", NeuronOptions())
-    modules, _ = sites(made, "activation")
-    theirs = twin.attribution(
-        made.model,
-        modules,
-        made.tokenizer.encode(PROMPTS[0]),
-        found.answer_ids,
-        fractions=fractions(20, "left"),
-    )
-    # At least about as near to the float32 model as whole bfloat16 forwards are.
-    assert error(found.scores, want.scores) <= 1.5 * error(theirs[None], want.scores) + 1e-3
 
 
 def test_the_models_own_answer_and_the_model_left_as_it_was() -> None:
@@ -272,11 +193,16 @@ def test_choosing_neurons() -> None:
         (["a", " "], " Rome", {}, "prompts must hold texts that are not blank, got ' '"),
         ("a", "", {}, "answer must be a text that is not blank, got ''"),
         ("a", 3, {}, "answer must be a text that is not blank, got 3"),
-        ("word " * 200, " Rome", {}, "prompts: prompt and answer have .* tokens, the model takes 128"),
+        (
+            "word " * 200,
+            " Rome",
+            {},
+            "prompts: .* tokens with the answer, the model has 128 positions, got 'word word",
+        ),
         ("a", " Rome", {"layers": (99,)}, "layer: must be an integer from 0 to 3, got 99"),
         ("a", " Rome", {"layers": ()}, "layers must be a non-empty list"),
         ("a", " Rome", {"layers": (1, 1)}, "layers must not repeat a layer"),
-        ("a", " Rome", {"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ("a", " Rome", {"steps": 0}, "steps must be an integer from 1 to 100000, got 0"),
         ("a", " Rome", {"grid": "middle"}, "grid must be one of left, right, ends, got 'middle'"),
         (
             "a",
@@ -287,7 +213,7 @@ def test_choosing_neurons() -> None:
         ("a", " Rome", {"continuation": "x"}, "continuation must be one of argmax, answer, fixed, got 'x'"),
         ("a", " Rome", {"adaptive_threshold": 1.0}, "adaptive_threshold must be a number from 0 to 1"),
         ("a", " Rome", {"p": float("nan")}, "p must be a number from 0 to 1"),
-        ("a", " Rome", {"memory_budget": 0}, "memory_budget must be an integer >= 1, or None, got 0"),
+        ("a", " Rome", {"memory": 0}, "memory must be a number of bytes >= 1, or None, got 0"),
     ],
 )
 def test_bad_input_is_one_line(prompts: Any, answer: Any, options: dict[str, Any], message: str) -> None:
@@ -302,7 +228,7 @@ def test_models_that_are_refused() -> None:
     broken = session("gpt2")
     with torch.no_grad():
         broken.arch.mlp_out(2).weight[0, 0] = float("nan")  # type: ignore[index,operator]
-    with pytest.raises(ValueError, match="prompts: the scores are not finite"):
+    with pytest.raises(ValueError, match="prompts: the model gives NaN or infinity in a clean run"):
         find_neurons(broken, PROMPTS[0], " Rome", NeuronOptions())
 
 
@@ -341,3 +267,112 @@ def test_the_editors_door() -> None:
     assert found.neurons == want.neurons and torch.equal(found.scores, want.scores)
     with pytest.raises(ValueError, match="NeuronOptions: unknown option 'step'; known: layers, steps"):
         ed.neurons(PROMPTS[0], "the", step=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "bloom", "bert"])
+def test_on_a_gpu_the_scores_are_the_same(family: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    prompt = f"{PROMPTS[0]} [MASK]" if family == "bert" else PROMPTS[0]
+    here, there = (Session(tiny_model(family).to(device), tokenizer) for device in ("cpu", "cuda"))
+    want, found = (find_neurons(made, prompt, " the", NeuronOptions()) for made in (here, there))
+    assert error(found.scores, want.scores) <= 1e-4
+    assert found.neurons == want.neurons
+
+
+def test_hooks_are_gone_after_any_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be registered, a forward that stops, a backward that stops."""
+
+    def clean(made: Session) -> bool:
+        modules = list(made.model.modules())
+        return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+
+    for family in ("gpt2", "gemma2", "bloom"):
+        made = session(family)
+        target = made.arch.mlp_out(2)
+        places = ((target, "register_forward_pre_hook"), (target, "forward"), (torch.autograd, "grad"))
+        for owner, name in places:
+
+            def stop(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, stop)
+                with pytest.raises(KeyboardInterrupt):
+                    find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=2))
+            vars(target).pop("forward", None)
+            assert clean(made), (family, name)
+            assert find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=2)).scores.isfinite().all()
+
+
+def test_the_callers_inference_mode_does_not_matter() -> None:
+    made = session("gpt2")
+    want = find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=3))
+    with torch.inference_mode():
+        assert torch.equal(find_neurons(made, PROMPTS[0], " the", NeuronOptions(steps=3)).scores, want.scores)
+
+
+@pytest.mark.parametrize("answer", [None, " Rome", " physics and chemistry"])
+@pytest.mark.parametrize("family", ["gpt2", "falcon"])
+def test_a_prompt_that_is_too_long_is_refused_before_any_forward(family: str, answer: str | None) -> None:
+    made = session(family)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a forward ran")
+
+    made.model.register_forward_pre_hook(never)
+    with pytest.raises(ValueError, match="prompts: .* tokens with the answer, the model has 128 positions"):
+        find_neurons(made, "word " * 200, answer, NeuronOptions())
+
+
+def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
+    found = find_neurons(session("gpt2"), PROMPTS[0], " the", NeuronOptions(steps=2))
+    for changes in (
+        {"scores": found.scores * float("nan")},
+        {"activations": found.activations / 0},
+        {"probability": (float("nan"),)},
+    ):
+        broken = dataclasses.replace(found, **changes)  # type: ignore[arg-type]
+        for suffix in ("json", "npz"):
+            with pytest.raises(ValueError, match="must be finite to be saved"):
+                broken.save(tmp_path / f"n.{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "n.npz"
+    find_neurons(session("gpt2"), PROMPTS[0], " the", NeuronOptions(steps=2)).save(path)
+    data = path.read_bytes()
+    for broken in (
+        b"",
+        b"no archive",
+        data[: len(data) // 2],
+        data[:-100],
+        data[:200] + b"x" * 50 + data[250:],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="path must be a file that Neurons.save wrote") as caught:
+            Neurons.load(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        Neurons.load(tmp_path / "none.npz")
+
+
+def test_options_of_the_wrong_kind_are_one_line() -> None:
+    ed = Editor(session("gpt2").model, tiny_tokenizer())
+    for options, message in (
+        ({"steps": [1]}, "steps must be an integer"),
+        ({"steps": True}, "steps must be an integer"),
+        ({"grid": ["left"]}, "grid must be one of"),
+        ({"layers": 3}, "layers must be a non-empty list"),
+        ({"layers": [[1]]}, "layers must be a non-empty list"),
+        ({"p": "0.5"}, "p must be a number"),
+        ({"adaptive_threshold": -0.1}, "adaptive_threshold must be a number from 0 to 1"),
+        ({"memory": 1.5}, "memory must be a number of bytes"),
+        ({"memory": -1}, "memory must be a number of bytes"),
+        ({"memory_budget": 5}, "NeuronOptions: unknown option 'memory_budget'; known: "),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            ed.neurons(PROMPTS[0], "the", **options)
+        assert "\n" not in str(caught.value)

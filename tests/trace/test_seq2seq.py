@@ -17,7 +17,7 @@ from fastedit.arch import resolve
 from fastedit.editor import Editor
 from fastedit.session import Session
 from fastedit.trace import Noise, TraceOptions, TracePrompt, encode_trace, trace_prompts
-from fastedit.trace.seq2seq import decoder_ids
+from fastedit.trace.prompts import decoder_ids
 
 EVERY = ("hidden", "mlp", "attn", "severed_mlp", "severed_attn")
 DECODER = (*EVERY, "cross", "severed_cross")

@@ -15,7 +15,8 @@ from fastedit.edit import Edit
 from fastedit.editor import Editor
 from fastedit.session import Session
 from fastedit.trace.neurons import NeuronOptions, attribution_bytes, find_neurons
-from fastedit.trace.seq2seq import decoder_ids
+from fastedit.trace.neurons_questions import Row
+from fastedit.trace.prompts import decoder_ids
 
 PROMPTS = ["LeBron James plays the sport of", "LeBron James, whose sport is"]
 REQUEST = {
@@ -88,14 +89,27 @@ def test_single_precision_and_any_memory(variant: str) -> None:
         want = scores(session, PROMPTS[0], list(found.answer_ids), options)
         assert float((found.scores[0] - want).abs().max()) <= 1e-4 * float(want.abs().max())
         assert set(found.neurons) == coarse_neurons(want, 0.2)
-        little = find_neurons(session, PROMPTS[0], " of", options.replace(memory_budget=1))
+        little = find_neurons(session, PROMPTS[0], " of", options.replace(memory=1))
         torch.testing.assert_close(little.scores, found.scores, rtol=1e-4, atol=1e-8)
-    assert all(size > 0 for size in attribution_bytes(session, [((5, 6, 0), 1, [7])], (0, 1, 2), options))
+    row = Row((5, 6, 0), 0, (1,))
+    assert all(size > 0 for size in attribution_bytes(session, [(row, (7,))], (0, 1, 2), options))
 
 
-def test_half_precision_gives_finite_scores() -> None:
-    found = find_neurons(session_of("v1.1", torch.bfloat16), PROMPTS[0], " of", NeuronOptions(steps=3))
-    assert bool(found.scores.isfinite().all()) and found.neurons
+@pytest.mark.parametrize("positions", ["answer", "all"])
+@pytest.mark.parametrize("activation", ["activation", "pre_activation"])
+def test_half_precision_with_last_matrices_in_float32(activation: Any, positions: Any) -> None:
+    """As T5's float16 checkpoints are loaded: all but the MLPs' last matrices is in float16."""
+    half, wide = session_of("v1.1", torch.float16), session_of("v1.1", torch.float16)
+    wide.model.float()  # type: ignore[operator]
+    for model in (half.model, wide.model):
+        for name, weight in model.named_parameters():
+            weight.data *= 8**-0.5 if name.endswith("Attention.q.weight") else 1
+            if name.endswith("wo.weight"):
+                weight.data = weight.data.float()
+    options = NeuronOptions(steps=3, activation=activation, positions=positions, decoder_prefix=PREFIX)
+    found, want = (find_neurons(made, PROMPTS[0], " of", options) for made in (half, wide))
+    assert found.scores.dtype == torch.float32
+    assert float((found.scores - want.scores).norm() / want.scores.norm()) <= 1e-2
 
 
 def test_the_models_own_answer_is_attributed_without_one() -> None:
@@ -164,8 +178,10 @@ def test_bad_options(change: dict[str, Any], message: str) -> None:
 
 def test_bad_input_and_other_models() -> None:
     made = session_of("v1.0", torch.float32, n_positions=8)
-    with pytest.raises(ValueError, match="prompts must have at most 8 tokens, the model's positions, got"):
+    with pytest.raises(ValueError, match="prompts: 20 tokens, the model has 8 positions, got"):
         find_neurons(made, PROMPTS[0], " of", NeuronOptions())
+    with pytest.raises(ValueError, match="prompts: 9 tokens of the decoder with the answer, the model has 8"):
+        find_neurons(made, "the", " of", NeuronOptions(decoder_prefix=" the" * 8))
     with pytest.raises(ValueError, match="layer: must be an integer from 0 to 2, got 3"):
         find_neurons(made, "a", " of", NeuronOptions(layers=(3,)))
     other = Session(tiny_model("gpt2"), tiny_tokenizer())
@@ -177,5 +193,5 @@ def test_bad_input_and_other_models() -> None:
         find_neurons(other, "a", " of", NeuronOptions(decoder_prefix="x"))
     broken = session_of("v1.0", torch.float32)
     broken.arch.mlp_out(2).weight.data[0, 0] = float("nan")  # type: ignore[index,union-attr]
-    with pytest.raises(ValueError, match="prompts: the scores are not finite"):
+    with pytest.raises(ValueError, match="the model gives NaN or infinity in a clean run"):
         find_neurons(broken, "a", " of", NeuronOptions(steps=2))

@@ -99,9 +99,11 @@ def test_a_stopped_study_goes_on(session: Session, tmp_path: Path) -> None:
 
 def test_another_study_in_the_same_folder_is_refused(session: Session, tmp_path: Path) -> None:
     trace_facts(session, FACTS[:1], tmp_path / "one", OPTIONS)
-    with pytest.raises(ValueError, match="was made with other facts$"):
+    with pytest.raises(ValueError, match="other settings: number of facts 1, now 3; other facts$"):
         trace_facts(session, FACTS, tmp_path / "one", OPTIONS)
-    with pytest.raises(ValueError, match="was made with other options$"):
+    with pytest.raises(
+        ValueError, match="kinds hidden,mlp,severed_mlp, now hidden,mlp,attn; window 2, now 3; noise"
+    ):
         trace_facts(session, FACTS[:1], tmp_path / "one", TraceOptions(window=3))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
@@ -110,6 +112,19 @@ def test_another_study_in_the_same_folder_is_refused(session: Session, tmp_path:
     (tmp_path / "one" / "cases" / "0.json").write_text("{")
     with pytest.raises(ValueError, match=r"0\.json: not a readable trace .*; delete it and run again"):
         trace_facts(session, FACTS[:1], tmp_path / "one", OPTIONS)
+
+
+def test_a_folder_with_cases_only(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "cases").mkdir()
+    trace_facts(session, FACTS[:1], tmp_path, OPTIONS)
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(ValueError, match=r"directory must hold study\.json beside cases, .* without it"):
+        trace_facts(session, FACTS[:1], tmp_path, OPTIONS)
+    (tmp_path / "study.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"study\.json: not readable; delete the folder and run again"):
+        trace_facts(session, FACTS[:1], tmp_path, OPTIONS)
+    (tmp_path / "cases" / "notes.json").write_text("{}")
+    assert read_study(tmp_path).facts == 1
 
 
 def test_a_bad_fact_stops_before_any_work(session: Session, tmp_path: Path) -> None:
@@ -136,6 +151,14 @@ def test_files_of_facts(tmp_path: Path) -> None:
     assert read_facts(path) == [TraceFact("x", "{} is", "A", "c")]
     path.write_text('{"prompt": "A is", "subject": "A"}\n{"prompt": "B is"}\n')
     with pytest.raises(ValueError, match="record 1: field 'subject' is missing"):
+        read_facts(path)
+    path.write_text('{"prompt": "A is", "subject": "A"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"record 1: must be an object, got \[1\]"):
+        read_facts(path)
+    path.write_text('{"prompt": "A is", "subject": "A", "answer": " "}\n')
+    with pytest.raises(
+        ValueError, match="record 0: fact '0': field 'answer' must be a string that is not blank"
+    ):
         read_facts(path)
     path.write_text('{"id": 1, "prompt": "A is", "subject": "A"}\n' * 2)
     with pytest.raises(ValueError, match="two facts have the id '1'"):
