@@ -35,7 +35,7 @@ __all__ = [
     "unwrap",
 ]
 
-Site = Literal["block", "mlp", "mlp_in", "mlp_gate", "mlp_out", "attn", "attn_out"]
+Site = Literal["block", "mlp", "mlp_in", "mlp_gate", "mlp_out", "attn", "attn_out", "cross"]
 
 _SITES: tuple[str, ...] = get_args(Site)
 _EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +111,12 @@ class ResolvedArch:
     def attn_out(self, i: int) -> nn.Module:
         """Output projection of the self-attention of layer `i`."""
         return self.modules["attn_out"][self.check_layer(i)]
+
+    def cross(self, i: int) -> nn.Module:
+        """Attention to the encoder of layer `i` of a decoder; ValueError where there is none."""
+        if "cross" not in self.modules:
+            raise ValueError(f"site: {self.row.model_type!r} has no 'cross'")
+        return self.modules["cross"][self.check_layer(i)]
 
     def key_dim(self, i: int) -> int:
         """Number of input features of ``mlp_out(i)``."""

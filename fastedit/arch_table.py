@@ -25,6 +25,7 @@ class Architecture:
             `residual_inside`).
         mlp_in, mlp_gate: first linear(s) of the MLP; `mlp_gate` is None when it is not gated or `fused_gate`.
         mlp_out, attn_out: last linears; `mlp_out` is the matrix that locate-then-edit methods change.
+        cross: attention of a decoder's block to the encoder, or None.
         embed, final_norm, head: token embedding, norm after the last block (None: no such module), output
             projection.
         before_head: modules between `final_norm` and `head`, in order.
@@ -53,6 +54,7 @@ class Architecture:
     embed: str
     head: str
     mlp_gate: str | None = None
+    cross: str | None = None
     final_norm: str | None = None
     before_head: tuple[str, ...] = ()
     side: str = "decoder"
@@ -143,6 +145,7 @@ _t5_decoder = Architecture(
     mlp_out="layer.2.DenseReluDense.wo",
     attn="layer.0.SelfAttention",
     attn_out="layer.0.SelfAttention.o",
+    cross="layer.1.EncDecAttention",
     embed="decoder.embed_tokens",
     final_norm="decoder.final_layer_norm",
     head="lm_head",
@@ -280,6 +283,7 @@ _t5_encoder = replace(
     mlp="layer.1.DenseReluDense",
     mlp_in="layer.1.DenseReluDense.wi",
     mlp_out="layer.1.DenseReluDense.wo",
+    cross=None,
     embed="encoder.embed_tokens",
     final_norm="encoder.final_layer_norm",
     side="encoder",

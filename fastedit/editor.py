@@ -67,7 +67,7 @@ class Editor:
         device: str | torch.device = "cpu",
         **options: Any,
     ) -> Editor:
-        """Load a causal language model and its tokenizer from a folder or a hub, then make an Editor.
+        """Load a causal language model (or an encoder-decoder with a row, T5) and its tokenizer, then make an Editor.
 
         Args:
             name: hub name or folder.
@@ -75,19 +75,17 @@ class Editor:
             options: arguments of ``Editor``.
 
         Raises:
-            ValueError: a model type without a row, no causal language model, or a checkpoint that lacks weights.
+            ValueError: a model type without a row, or a checkpoint that lacks weights.
             OSError: the folder or the hub has no such model.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
         # An unknown type is refused before its weights are read or downloaded.
         config = AutoConfig.from_pretrained(name)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"model_type={config.model_type!r}: must be a causal language model, is an encoder-decoder"
-            )
-        row_of(config.get_text_config(), options.get("arch"))
-        model, loading = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        sourced = bool(getattr(config, "is_encoder_decoder", False))
+        row_of(config if sourced else config.get_text_config(), options.get("arch"))
+        auto: Any = AutoModelForSeq2SeqLM if sourced else AutoModelForCausalLM
+        model, loading = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             raise ValueError(
                 f"name: the checkpoint {str(name)!r} lacks {len(missing)} of the model's weights, first {missing[0]!r}"
@@ -221,13 +219,16 @@ class Editor:
     ) -> CausalTrace:
         """Where the model holds an answer: its probability with one (token, layer) restored, for all of them.
 
+        In an encoder-decoder (T5) the prompt is the encoder's input; see `fastedit.trace.seq2seq`.
+
         Args:
             prompt: with the subject in it, or one ``{}`` in its place.
             answer: whose probability is read (its first token); ``None``: what the model predicts.
             subjects: whose embeddings the noise is scaled by; ``None``: this one's.
             texts: corpus of the noise rules that are measured on one.
             draws: noise ``[samples, subject's tokens, d]`` to use as it is; a second set serves severed kinds.
-            options: fields of ``fastedit.trace.TraceOptions``: kinds, window, tokens, noise, memory.
+            options: fields of ``fastedit.trace.TraceOptions``: kinds, window, tokens, noise, memory; of an
+                encoder-decoder also side and decoder_prefix.
 
         Raises:
             ValueError: bad prompt, subject, answer, draws or option, or a run that gives NaN or infinity.

@@ -254,6 +254,9 @@ def test_t5_has_two_sides(gated: bool) -> None:
     assert (decoder.depth, encoder.depth) == (3, 4)
     assert decoder.name("mlp_out", 2) == "decoder.block.2.layer.2.DenseReluDense.wo"
     assert encoder.name("mlp_out", 2) == "encoder.block.2.layer.1.DenseReluDense.wo"
+    assert decoder.name("cross", 2) == "decoder.block.2.layer.1.EncDecAttention"
+    with pytest.raises(ValueError, match="site: 't5' has no 'cross'"):
+        encoder.cross(0)
     assert encoder.row.side == "encoder" and resolve(model, side="decoder").row.side == "decoder"
     with capture({"embed": encoder.embed, "mlp_out": encoder.mlp_out(3), "gate": encoder.mlp_in(0)}) as seen:
         forward(model)

@@ -78,7 +78,15 @@ def edit(
     spec = methods.get(method)
     settings = read_settings(spec.config, file=config, assignments=assignments or (), layers=layers)
     listed = read_checked(requests, limit=limit, skip_invalid=skip_invalid)
-    opened = open_model(model, dtype=dtype, device=device, stats=stats, seed=seed)
+    opened = open_model(
+        model,
+        dtype=dtype,
+        device=device,
+        stats=stats,
+        seed=seed,
+        encoder_decoder=dry_run or not evaluate,
+        hint=", which is not evaluated: give --no-evaluate",
+    )
     chosen = opened.editor.config(method, **{**opened.recommended(method), **settings})
     _check_requests(opened, listed, chosen)
     opened.require_statistics(chosen)

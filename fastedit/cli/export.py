@@ -38,7 +38,7 @@ def export(
     check_output(out, force=force, folder=True)
     check_not_input({"--out": out}, {"--model": model, "--edit": edit}, folder=True)
     loaded = read_edit(edit)
-    opened = open_model(model, dtype=dtype, device="cpu")
+    opened = open_model(model, dtype=dtype, device="cpu", encoder_decoder=True)
     from fastedit.export import to_peft
 
     with opened.editor.applied(loaded):
@@ -61,7 +61,7 @@ def write_model(model: str, edit: Path, out: Path, *, dtype: str, force: bool, j
     check_output(out, force=force, folder=True)
     check_not_input({"--out": out}, {"--model": model, "--edit": edit}, folder=True)
     loaded = read_edit(edit)
-    opened = open_model(model, dtype=dtype, device="cpu")
+    opened = open_model(model, dtype=dtype, device="cpu", encoder_decoder=True)
     editor = opened.editor
     with quiet_libraries(), editor.applied(loaded), saving(out):
         export_model(editor.model, editor.tokenizer, out, edit=loaded, overwrite=force)

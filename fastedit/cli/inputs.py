@@ -64,9 +64,18 @@ class Opened:
 
 
 def open_model(
-    name: str, *, dtype: str = "auto", device: str = "auto", stats: Path | None = None, seed: int = 0
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    stats: Path | None = None,
+    seed: int = 0,
+    encoder_decoder: bool = False,
+    hint: str = "",
 ) -> Opened:
     """Load a model from a folder, a hub or the embedded world (``world:gpt2``) and put an Editor around it.
+
+    encoder_decoder: whether the command takes such models; ``hint``: what to do where it does not.
 
     Raises ValueError naming --model, --dtype, --device, --stats or --seed, the rule and the value.
     """
@@ -86,6 +95,8 @@ def open_model(
     options: dict[str, Any] = {"statistics": stats, "seed": seed}
     with quiet_libraries(), _loading(name):
         if not name.startswith(_WORLD):
+            if not encoder_decoder:
+                _check_causal(name, hint)
             return Opened(
                 name, Editor.from_pretrained(name, dtype=dtype, device=where, **options), None, stats
             )
@@ -146,6 +157,16 @@ def _check_name(name: str) -> None:
         raise ValueError(f"--model must be a folder or a hub name, got the file {name!r}")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"--model must be a folder that exists or a hub name, got {name!r}")
+
+
+def _check_causal(name: str, hint: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model_type={config.model_type!r}: must be a causal language model, is an encoder-decoder{hint}"
+        )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["neurons"]
 
 # Options of the command that `NeuronOptions` has under another name.
-_NAMES = {"--threshold": "adaptive_threshold", "--share": "p"}
+_NAMES = {"--threshold": "adaptive_threshold", "--share": "p", "--decoder-prefix": "decoder_prefix"}
 
 
 def neurons(
@@ -69,6 +69,16 @@ def neurons(
             show_default=False,
         ),
     ] = None,
+    positions: Annotated[
+        str, typer.Option(help="Of an encoder-decoder: the decoder's token that predicts the answer, or all.")
+    ] = "answer",
+    decoder_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder: what the decoder has before the answer, e.g. '<extra_id_0>'.",
+            show_default=False,
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Neurons to list, best first.")] = 20,
     out: Annotated[
         Path | None,
@@ -104,9 +114,11 @@ def neurons(
             "--threshold": threshold,
             "--share": share,
             "--memory": memory,
+            "--positions": positions,
+            "--decoder-prefix": decoder_prefix,
         },
     )
-    editor = open_model(model, dtype=dtype, device=device).editor
+    editor = open_model(model, dtype=dtype, device=device, encoder_decoder=True).editor
     found = editor.neurons(prompt, answer, **given)
     written: list[Path] = []
     if out is not None:

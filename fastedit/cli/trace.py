@@ -82,6 +82,20 @@ def trace(
         bool, typer.Option("--replace", help="Noise in place of the embeddings instead of on them.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 1,
+    side: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder: encoder (the default) or decoder, which has cross and severed_cross, too.",
+            show_default=False,
+        ),
+    ] = None,
+    decoder_prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder: what the decoder has before the answer, e.g. '<extra_id_0>'.",
+            show_default=False,
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -158,6 +172,8 @@ def trace(
         tokens=tokens,  # type: ignore[arg-type]
         noise=rule,
         memory=None if memory is None else parse_bytes(memory),
+        side=side,  # type: ignore[arg-type]
+        decoder_prefix=decoder_prefix,
     )
     check_plot(plot, force=force, out=out)
     if prompt is not None and subject is not None:
@@ -166,7 +182,7 @@ def trace(
         for file in [] if out is None else trace_files(out, options.kinds):
             check_output(file, force=force)
         corpus = _corpus(texts)
-        opened = open_model(model, dtype=dtype, device=device)
+        opened = open_model(model, dtype=dtype, device=device, encoder_decoder=True)
         found: Any = opened.editor.trace(
             prompt, subject, answer=answer, texts=_own(opened, rule, corpus), **vars(options)
         )
@@ -177,7 +193,7 @@ def trace(
     if listed is not None and limit is not None and len(listed) < limit:
         log(f"--limit {limit}: {facts} holds {len(listed)}")
     corpus = _corpus(texts)
-    opened = open_model(model, dtype=dtype, device=device)
+    opened = open_model(model, dtype=dtype, device=device, encoder_decoder=True)
     if listed is None:
         listed = _world_facts(opened, limit)
     with _folder(out) as folder:

@@ -10,7 +10,7 @@ embeddings of the old and the new answer (sums over their tokens):
 or set to zero (``suppress``), or doubled (``enhance``).
 
 In a masked language model (BERT, the authors' own) the request's prompt holds the mask token where the answer belongs,
-neurons are those at that token, and answers are one token.
+neurons are those at that token, and answers are one token. Of an encoder-decoder (T5) they are the decoder's.
 """
 
 from __future__ import annotations
@@ -163,12 +163,6 @@ def kn(
         raise ValueError(
             f"model: kn needs embeddings as wide as the residual stream ({arch.width}), got {embedding.shape[1]}"
         )
-    if config.old_answer == "target_true" and config.operation == "replace":
-        for request in requests:
-            if request.target_true is None:
-                raise ValueError(
-                    f"request {request.id!r}: field 'target_true' must be given for old_answer='target_true'"
-                )
     for request in requests:
         _asked(session, request, config)
     factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -204,10 +198,6 @@ def kn(
 def _editable(session: Session, config: KnConfig) -> ResolvedArch:
     """The session's architecture, if neurons can be found and changed in it."""
     arch = session.arch
-    if getattr(arch.model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: kn is defined for causal and masked models, got model_type={arch.row.model_type!r}"
-        )
     for layer in range(arch.depth) if config.layers is None else config.layers:
         arch.check_layer(layer)
         editable_weight(session.model, arch.name("mlp_out", layer))
@@ -219,10 +209,13 @@ def _asked(
 ) -> list[tuple[Row, tuple[int, ...] | None]]:
     """Per prompt its tokens and those of the true answer, if there is one; what does not fit is refused here."""
     with _naming(request):
+        asked, rule = _prompts(request, config), config.continuation
         texts, rows, true = encode_rows(
-            session, _prompts(request, config), request.target_true, config.continuation
+            session, asked, request.target_true, rule, prefix=config.decoder_prefix
         )
         if config.operation == "replace":
+            if config.old_answer == "target_true" and true is None:
+                raise ValueError("field 'target_true' must be given for old_answer='target_true'")
             new = target_ids(session.tokenizer, request.target_new)
             if len(new) > 1 and session.arch.row.side == "encoder":
                 raise ValueError(
@@ -282,11 +275,9 @@ def _write(
             continue
         old, new = (vector.to(own) for vector in vectors)
         right = own.new_zeros(1, canonical.shape[1])
+        right[0, at] = own.norm(dim=0) if config.scale == "norm" else 1.0
         if config.scale == "norm":
             old, new = old / old.norm(), new / new.norm()
-            right[0, at] = own.norm(dim=0)
-        else:
-            right[0, at] = 1.0
         a, b = config.weights(len(target_ids(session.tokenizer, request.target_new)))
         written[layer] = ((b * new - a * old)[:, None], right)
     return written

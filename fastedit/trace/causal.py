@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastedit.engine.attention import not_handed_over
+from fastedit.engine.encoder_decoder import is_encoder_decoder
 from fastedit.forward import evaluating
 from fastedit.session import Session
 from fastedit.trace.base import Base
@@ -21,6 +22,7 @@ from fastedit.trace.options import TraceOptions
 from fastedit.trace.padded import padded_traces
 from fastedit.trace.prompts import TracePrompt
 from fastedit.trace.result import CausalTrace
+from fastedit.trace.seq2seq import trace_seq2seq
 from fastedit.trace.sweep import Run, Sweep, grouped
 
 __all__ = ["TraceOptions", "trace_prompts"]
@@ -45,11 +47,16 @@ def trace_prompts(
 
     Raises:
         ValueError: no prompts, malformed draws or ones that are not finite, or a run that gives NaN or infinity.
-        NotImplementedError: a model that is no causal language model.
+        NotImplementedError: a masked language model.
     """
     options = options or TraceOptions()
     arch = session.arch
-    if getattr(arch.model.config, "is_encoder_decoder", False) or arch.row.side == "encoder":
+    if is_encoder_decoder(arch):
+        return trace_seq2seq(session, prompts, options, subjects=subjects, texts=texts, draws=draws)
+    for name in ("side", "decoder_prefix"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"{name} must be None for a model that is no encoder-decoder, got {value!r}")
+    if arch.row.side == "encoder":
         raise NotImplementedError(
             f"model: causal tracing needs a causal language model, got {type(arch.model).__name__}"
         )

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fastedit.engine.encoder_decoder import source_side
 from fastedit.session import Session
 from fastedit.trace.embeddings import Moments, corpus_moments, embedding_width, subject_embeddings
-from fastedit.trace.lanes import SEVERED
 from fastedit.trace.options import TraceOptions
 from fastedit.trace.prompts import TracePrompt
+from fastedit.trace.seq2seq_lanes import severs
 
 __all__ = ["Draws", "DrawsGiven"]
 
@@ -40,8 +41,9 @@ class Draws:
         given: DrawsGiven | None = None,
     ) -> None:
         self._prompts, self._noise = prompts, options.noise
-        self._width = embedding_width(session.arch)
-        severed = any(kind in SEVERED for kind in options.kinds)
+        arch = source_side(session.arch)
+        self._width = embedding_width(arch)
+        severed = any(severs(kind) for kind in options.kinds)
         self._given: list[tuple[Tensor, ...]] | None = None
         self._drawn: dict[int, tuple[Tensor, ...]] = {}
         self._sets = 2 if severed and self._noise.redraw else 1
@@ -64,11 +66,11 @@ class Draws:
             if isinstance(texts, Moments):
                 self._measured = texts
             else:
-                self._measured = corpus_moments(session.arch, session.tokenizer, texts)
+                self._measured = corpus_moments(arch, session.tokenizer, texts)
         else:
             names = [prompt.subject for prompt in prompts] if subjects is None else subjects
-            embeddings = subject_embeddings(session.arch, session.tokenizer, names)
-            self._measured = self._noise.scaled(session.arch, embeddings)
+            embeddings = subject_embeddings(arch, session.tokenizer, names)
+            self._measured = self._noise.scaled(arch, embeddings)
 
     def sets(self, prompt: int) -> int:
         """Number of sets of draws."""

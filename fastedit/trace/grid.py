@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastedit.session import Session
-from fastedit.trace.head import Plain
+from fastedit.trace.head import Plain, check_restored
 from fastedit.trace.lanes import SEVERED, Cell, Lane, families
 from fastedit.trace.options import TraceOptions
 from fastedit.trace.prompts import TracePrompt
@@ -56,12 +56,7 @@ class Grid:
 
     def take(self, lane: Lane, found: Tensor) -> None:
         """Some samples' probabilities of a lane. Raises ValueError where one is not finite."""
-        if not bool(torch.isfinite(found).all()):
-            kind, token, layer = lane.cells[0]
-            raise ValueError(
-                f"model: a run with {kind} restored must be finite, got NaN or infinity at token {token} and layer "
-                f"{layer} for {self._prompt.text!r}"
-            )
+        check_restored(found, *lane.cells[0], self._prompt.text)
         for cell in lane.cells:
             self._found.setdefault(cell, []).append(found)
 

@@ -12,7 +12,7 @@ from fastedit.arch import ResolvedArch
 from fastedit.ops.target_loss import target_loss
 from fastedit.trace.prompts import TracePrompt
 
-__all__ = ["Plain", "head_bytes", "plain", "probabilities"]
+__all__ = ["Plain", "check_restored", "head_bytes", "plain", "probabilities"]
 
 # Rows that the head reads together. More rows are no faster once the head's matrix is read for so many.
 _ROWS = {"cpu": 128, "cuda": 4096}
@@ -62,6 +62,15 @@ def probabilities(arch: ResolvedArch, hidden: Tensor, labels: Sequence[int]) -> 
             nll, _ = target_loss(rows, weight, bias, wanted, None, None, softcap=arch.softcap)
             found.append(torch.exp(-nll.double()).cpu())
     return torch.cat(found)
+
+
+def check_restored(found: Tensor, kind: str, token: int, layer: int, text: str) -> None:
+    """Refuse probabilities of a restored cell's runs that are not finite."""
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(
+            f"model: a run with {kind} restored must be finite, got NaN or infinity at token {token} and layer "
+            f"{layer} for {text!r}"
+        )
 
 
 def plain(

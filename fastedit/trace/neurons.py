@@ -20,6 +20,7 @@ from torch import Tensor
 from fastedit.arch import ResolvedArch
 from fastedit.config import check
 from fastedit.engine.attention import not_handed_over
+from fastedit.engine.encoder_decoder import is_encoder_decoder
 from fastedit.engine.memory import free_memory
 from fastedit.forward import evaluating
 from fastedit.session import Session
@@ -30,6 +31,7 @@ from fastedit.trace.neurons_questions import Row, encode_rows, own_answer, quest
 from fastedit.trace.neurons_result import Neurons
 from fastedit.trace.neurons_rows import NeuronRows
 from fastedit.trace.neurons_sweep import NeuronSweep
+from fastedit.trace.seq2seq_neurons import Seq2SeqNeurons
 
 __all__ = [
     "NeuronOptions",
@@ -60,10 +62,12 @@ def find_neurons(
 
     Raises:
         ValueError: no prompt, a blank prompt or answer, a prompt and answer longer than the model takes, no such layer,
-            an encoder-decoder, or a model that gives NaN or infinity.
+            options of encoder-decoders for another model, or a model that gives NaN or infinity.
     """
     layers = _layers(session.arch, options)
-    listed, rows, target = encode_rows(session, prompts, answer, options.continuation)
+    listed, rows, target = encode_rows(
+        session, prompts, answer, options.continuation, prefix=options.decoder_prefix
+    )
     with _undisturbed(session):
         if target is None:
             target = own_answer(session, rows[0], 1)
@@ -105,7 +109,7 @@ def attribute(
     questions, sizes = _questions(session, rows, options)
     budget = _budget(session, options)
     scores, activations, probabilities = [], [], []
-    for group in groups_of(session.arch, questions, budget):
+    for group in _groups(session, questions, budget):
         engine = _engine(session, group, layers, options, budget)
         gradients = engine.run()
         at = gradients[0].device
@@ -132,9 +136,8 @@ def attribution_bytes(
     """Predicted bytes above the model of `attribute` with the same arguments: clean forward, and sweep."""
     questions, _ = _questions(session, rows, options)
     budget = _budget(session, options)
-    largest = max(
-        groups_of(session.arch, questions, budget), key=lambda group: sum(len(q.ids) for q in group)
-    )
+    groups = _groups(session, questions, budget)
+    largest = max(groups, key=lambda group: sum(len(q.source) + len(q.ids) for q in group))
     return _engine(session, largest, layers, options, budget).predicted_bytes()
 
 
@@ -165,16 +168,30 @@ def _budget(session: Session, options: NeuronOptions) -> NeuronBudget:
     return NeuronBudget(options.memory or int(_SHARE * free_memory(session.device)))
 
 
+def _groups(
+    session: Session, questions: Sequence[Question], budget: NeuronBudget
+) -> Iterator[Sequence[Question]]:
+    """Questions that an engine has together; an encoder-decoder's has one at a time anyway."""
+    if is_encoder_decoder(session.arch):
+        yield from ([question] for question in questions)
+    else:
+        yield from groups_of(session.arch, questions, budget)
+
+
 def _engine(
     session: Session,
     questions: Sequence[Question],
     layers: Sequence[int],
     options: NeuronOptions,
     budget: NeuronBudget,
-) -> NeuronSweep | NeuronRows:
+) -> NeuronSweep | NeuronRows | Seq2SeqNeurons:
     arch = session.arch
-    whole = arch.row.side == "encoder" or not_handed_over(arch) is not None
     points = fractions(options.steps, options.grid)
+    if is_encoder_decoder(arch):
+        (question,) = questions
+        every = options.positions == "all"
+        return Seq2SeqNeurons(arch, question, layers, points, options.activation, budget, every=every)
+    whole = arch.row.side == "encoder" or not_handed_over(arch) is not None
     made = NeuronRows if whole else NeuronSweep
     return made(arch, questions, layers, points, options.activation, budget)
 
@@ -194,10 +211,10 @@ def _undisturbed(session: Session) -> Iterator[None]:
 
 def _layers(arch: ResolvedArch, options: NeuronOptions) -> tuple[int, ...]:
     """Attributed layers, checked, ascending."""
-    if getattr(arch.model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: neurons are attributed in causal and masked models, got model_type={arch.row.model_type!r}"
-        )
+    if not is_encoder_decoder(arch):
+        for name, value in (("positions", "answer"), ("decoder_prefix", None)):
+            given = getattr(options, name)
+            check(given == value, name, f"be {value!r} for a model that is no encoder-decoder", given)
     layers = tuple(range(arch.depth)) if options.layers is None else tuple(sorted(options.layers))
     for layer in layers:
         arch.check_layer(layer)

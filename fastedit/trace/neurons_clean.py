@@ -21,6 +21,7 @@ __all__ = [
     "Question",
     "Spot",
     "checked_probabilities",
+    "head_gradient",
     "log_probability",
     "of_logarithm",
     "spot",
@@ -34,14 +35,16 @@ class Question:
     """A prompt and the one token whose probability is attributed.
 
     Attributes:
-        ids: the prompt's tokens.
+        ids: the prompt's tokens; of an encoder-decoder the decoder's.
         position: token that predicts the answer, and whose activations are scaled; the last of a causal model.
         answer: token id.
+        source: of an encoder-decoder, the encoder's tokens.
     """
 
     ids: tuple[int, ...]
     position: int
     answer: int
+    source: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,29 @@ def of_logarithm(arch: ResolvedArch) -> bool:
 
     So in half precision: the gradient of a small probability itself is zero where it passes through float16.
     """
-    weight: Tensor = arch.mlp_out(0).weight  # type: ignore[assignment]
-    return stream_dtype(weight.dtype) != weight.dtype
+    # T5 in half precision may keep its last matrices of MLPs, and nothing else, in float32.
+    weights: list[Tensor] = [arch.mlp_out(0).weight, arch.attn_out(0).weight]  # type: ignore[list-item]
+    return any(stream_dtype(weight.dtype) != weight.dtype for weight in weights)
+
+
+def head_gradient(
+    arch: ResolvedArch, hidden: Tensor, answers: Tensor, rows: int
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient ``[n, d]`` of each row's P(answer), or of its logarithm; then P(answer) ``[n]`` too.
+
+    Args:
+        hidden: ``[n, d]`` outputs of the last block.
+        rows: whose logits are formed together.
+    """
+    gradients, probabilities = [], []
+    logarithm = of_logarithm(arch)
+    for part, wanted in zip(hidden.detach().split(rows), answers.split(rows), strict=True):
+        leaf = part.requires_grad_()
+        found = log_probability(arch, leaf, wanted)
+        p = found.exp()
+        gradients += torch.autograd.grad((found if logarithm else p).sum(), leaf)
+        probabilities.append(p.detach())
+    return torch.cat(gradients), torch.cat(probabilities) if logarithm else None
 
 
 def checked_probabilities(logarithms: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ import torch
 
 from fastedit.config import MethodConfig, check, is_integer, is_number
 from fastedit.trace.neurons_clean import Activation
+from fastedit.trace.seq2seq_lanes import check_side
 
-__all__ = ["Continuation", "Grid", "NeuronOptions", "fractions"]
+__all__ = ["Continuation", "Grid", "NeuronOptions", "Positions", "fractions"]
 
 Grid = Literal["left", "right", "ends"]
 Continuation = Literal["argmax", "answer", "fixed"]
+Positions = Literal["answer", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,9 @@ class NeuronOptions(MethodConfig):
         memory: bytes that an attribution may take above the model and its own result; ``None``: a part of what is
             free. It decides what runs together and changes no result beyond rounding. One prompt's clean run and one
             point of its path are taken whatever the budget.
+        positions: of an encoder-decoder, whose activations are scaled: those of the decoder's token that predicts the
+            answer, or of ``"all"`` its tokens (EasyEdit); see `fastedit.trace.seq2seq_neurons`.
+        decoder_prefix: of an encoder-decoder, text between the decoder's start token and the answer.
     """
 
     layers: tuple[int, ...] | None = None
@@ -45,6 +50,8 @@ class NeuronOptions(MethodConfig):
     adaptive_threshold: float = 0.2
     p: float = 0.4
     memory: int | None = None
+    positions: Positions = "answer"
+    decoder_prefix: str | None = None
 
     def __post_init__(self) -> None:
         layers, steps = self.layers, self.steps
@@ -58,13 +65,20 @@ class NeuronOptions(MethodConfig):
             )
             check(len(set(layers)) == len(layers), "layers", "not repeat a layer", layers)
         check(is_integer(steps) and 1 <= steps <= 100_000, "steps", "be an integer from 1 to 100000", steps)
-        for name, choices in (("grid", Grid), ("activation", Activation), ("continuation", Continuation)):
+        choice = {
+            "grid": Grid,
+            "activation": Activation,
+            "continuation": Continuation,
+            "positions": Positions,
+        }
+        for name, choices in choice.items():
             value = getattr(self, name)
             ok = isinstance(value, str) and value in get_args(choices)
             check(ok, name, f"be one of {', '.join(get_args(choices))}", value)
         for name in ("adaptive_threshold", "p"):
             value = getattr(self, name)
             check(is_number(value) and 0 <= value < 1, name, "be a number from 0 to 1, 1 excluded", value)
+        check_side(None, "all", self.decoder_prefix)
         ok = self.memory is None or (is_integer(self.memory) and self.memory >= 1)
         check(ok, "memory", "be a number of bytes >= 1, or None", self.memory)
 

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastedit.arch import position_limit
 from fastedit.config import check
+from fastedit.engine.encoder_decoder import is_encoder_decoder
 from fastedit.session import Session
 from fastedit.tokens import encode_prompt, target_ids
 from fastedit.trace.neurons_clean import Question
 from fastedit.trace.neurons_options import Continuation
+from fastedit.trace.prompts import decoder_ids
 
 __all__ = [
     "Row",
@@ -29,18 +32,29 @@ class Row:
     """A prompt as tokens.
 
     Attributes:
-        ids: its tokens; a causal model's end where the answer begins.
-        position: the token that predicts the answer, and whose activations are scaled.
+        ids: its tokens; a causal model's end where the answer begins; of an encoder-decoder the encoder's.
+        position: the token that predicts the answer, and whose activations are scaled; of an encoder-decoder the
+            decoder's.
+        behind: of an encoder-decoder, the decoder's input before the answer; else empty.
     """
 
     ids: tuple[int, ...]
     position: int
+    behind: tuple[int, ...] = ()
 
 
 def encode_rows(
-    session: Session, prompts: str | Sequence[str], answer: str | None, continuation: Continuation
+    session: Session,
+    prompts: str | Sequence[str],
+    answer: str | None,
+    continuation: Continuation,
+    *,
+    prefix: str | None = None,
 ) -> tuple[tuple[str, ...], tuple[Row, ...], tuple[int, ...] | None]:
     """Texts, rows, and the answer's ids (``None`` without one), before any forward.
+
+    Args:
+        prefix: of an encoder-decoder, text that the decoder has before the answer.
 
     Raises:
         ValueError: no prompt, a blank prompt or answer, more tokens than the model has positions, and for a masked
@@ -54,7 +68,7 @@ def encode_rows(
         check(ok, "prompts", "hold texts that are not blank", prompt)
     ok = answer is None or (isinstance(answer, str) and bool(answer.strip()))
     check(ok, "answer", "be a text that is not blank", answer)
-    rows = tuple(encode_question(session, prompt) for prompt in listed)
+    rows = tuple(encode_question(session, prompt, prefix) for prompt in listed)
     target = None if answer is None else tuple(target_ids(session.tokenizer, answer))
     if target is not None and len(target) > 1 and session.arch.row.side == "encoder":
         raise ValueError(
@@ -66,11 +80,12 @@ def encode_rows(
     return tuple(listed), rows, target
 
 
-def encode_question(session: Session, prompt: str) -> Row:
+def encode_question(session: Session, prompt: str, prefix: str | None = None) -> Row:
     """Token ids of a prompt, and the position that predicts the answer.
 
     Raises:
-        ValueError: a prompt for a masked language model that does not hold its mask token once.
+        ValueError: a prompt for a masked language model that does not hold its mask token once, or a prefix without
+            tokens.
     """
     tokenizer = session.tokenizer
     if session.arch.row.side == "encoder":
@@ -83,17 +98,23 @@ def encode_question(session: Session, prompt: str) -> Row:
             )
         return Row(ids, masks[0])
     row = encode_prompt(tokenizer, prompt)
+    if is_encoder_decoder(session.arch):
+        # An encoder reads its whole input, with the special token at its end.
+        behind = decoder_ids(session, prefix)
+        return Row(tuple(row.ids), len(behind) - 1, behind)
     return Row(row.ids[: row.target_start + 1], row.target_start)
 
 
 def check_length(session: Session, prompt: str, row: Row, after: int) -> None:
     """Refuse a prompt that, with ``after`` tokens of its answer behind it, has more tokens than there are positions."""
-    limit, length = position_limit(session.arch), len(row.ids) + after
+    limit, length, read = position_limit(session.arch), len(row.ids) + after, "tokens with the answer"
+    if row.behind:
+        # The answer follows in the decoder, which has as many positions of its own.
+        inside = len(row.behind) + after
+        length, read = max((len(row.ids), "tokens"), (inside, "tokens of the decoder with the answer"))
     if limit is not None and length > limit:
         start = f"{prompt[:40]!r}..." if len(prompt) > 40 else repr(prompt)
-        raise ValueError(
-            f"prompts: {length} tokens with the answer, the model has {limit} positions, got {start}"
-        )
+        raise ValueError(f"prompts: {length} {read}, the model has {limit} positions, got {start}")
 
 
 def own_answer(session: Session, row: Row, count: int) -> tuple[int, ...]:
@@ -102,10 +123,17 @@ def own_answer(session: Session, row: Row, count: int) -> tuple[int, ...]:
     Raises:
         ValueError: the model gives NaN or infinity.
     """
-    ids, found = list(row.ids), list[int]()
+    ids, found = list(row.behind or row.ids), list[int]()
+
+    def tensor(numbers: Sequence[int]) -> Tensor:
+        return torch.tensor([list(numbers)], device=session.device)
+
     for _ in range(count):
+        given = {"input_ids": tensor(ids)}
+        if row.behind:
+            given = {"input_ids": tensor(row.ids), "decoder_input_ids": tensor(ids)}
         with torch.no_grad():
-            logits = session.model(input_ids=torch.tensor([ids], device=session.device)).logits
+            logits = session.model(**given).logits
         # Behind a causal prompt the position moves on with what was appended.
         at = logits[0, row.position + len(found)]
         if not bool(torch.isfinite(at).all()):
@@ -120,7 +148,7 @@ def own_answer(session: Session, row: Row, count: int) -> tuple[int, ...]:
 def questions_of(
     session: Session, row: Row, answer: Sequence[int], continuation: Continuation
 ) -> list[Question]:
-    """One question per token of the answer."""
+    """One question per token of the answer; of an encoder-decoder with its source."""
     own: Sequence[int] = ()
     if len(answer) > 1 and continuation == "argmax":
         own = own_answer(session, row, len(answer) - 1)
@@ -128,7 +156,7 @@ def questions_of(
         own = answer[:-1]
     found = []
     for step, token in enumerate(answer):
-        ids = (*row.ids, *own[:step])
         # With nothing appended ("fixed") every token of the answer is read at the same place.
-        found.append(Question(ids, row.position + len(ids) - len(row.ids), token))
+        ids, place = (*(row.behind or row.ids), *own[:step]), row.position + len(own[:step])
+        found.append(Question(ids, place, token, row.ids if row.behind else ()))
     return found

@@ -37,8 +37,8 @@ from fastedit.trace.neurons_clean import (
     CleanPass,
     Question,
     checked_probabilities,
+    head_gradient,
     log_probability,
-    of_logarithm,
     spot,
 )
 from fastedit.trace.neurons_matrix import mlp_gradient, mlp_product
@@ -168,7 +168,8 @@ class NeuronSweep:
                         hidden = leaf if hidden is None else torch.cat([hidden.to(leaf.device), leaf])
                 at = end
             final: Tensor = hidden  # type: ignore[assignment]  # at least one row has joined
-            seed, factor = self._head_gradient(final, joins)
+            answers = self._answers[[join.question for join in joins]]
+            seed, factor = head_gradient(self._arch, final, answers, self._head_rows)
             gradients = torch.autograd.grad(final, list(leaves.values()), seed)
         found, at = {}, 0
         for layer, gradient in zip(leaves, gradients, strict=True):
@@ -240,20 +241,6 @@ class NeuronSweep:
 
     def _store(self, layer: int, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor]:
         return self._clean.stores[layer]
-
-    def _head_gradient(self, hidden: Tensor, joins: Sequence[Join]) -> tuple[Tensor, Tensor | None]:
-        """Gradient ``[n, d]`` of each row's P(answer), or of its logarithm; then P(answer) ``[n]`` too."""
-        answers = self._answers[[join.question for join in joins]]
-        gradients, probabilities = [], []
-        logarithm = of_logarithm(self._arch)
-        parts = zip(hidden.detach().split(self._head_rows), answers.split(self._head_rows), strict=True)
-        for part, wanted in parts:
-            leaf = part.requires_grad_()
-            found = log_probability(self._arch, leaf, wanted)
-            p = found.exp()
-            gradients += torch.autograd.grad((found if logarithm else p).sum(), leaf)
-            probabilities.append(p.detach())
-        return torch.cat(gradients), torch.cat(probabilities) if logarithm else None
 
     @contextmanager
     def _running(self) -> Iterator[None]:

@@ -25,6 +25,8 @@ COLOURS = {
     "attn": "#D55E00",
     "severed_mlp": "#56B4E9",
     "severed_attn": "#E69F00",
+    "cross": "#CC79A7",
+    "severed_cross": "#999999",
 }
 # Text stays text in an SVG (it can be searched and is read aloud), and equal plots are equal files.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastedit"}
@@ -129,7 +131,7 @@ def _visible(token: str) -> str:
 
 def _bars(axis: Axes, trace: CausalTrace, grids: dict[str, Any]) -> None:
     width = 0.8 / len(grids)
-    hatches = ("", "//", "..", "xx", "\\\\")
+    hatches = ("", "//", "..", "xx", "\\\\", "--", "++")
     for place, (kind, grid) in enumerate(grids.items()):
         at = [layer + (place - (len(grids) - 1) / 2) * width for layer in range(grid.shape[1])]
         effect = grid[0] - trace.low_score

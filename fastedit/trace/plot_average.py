@@ -31,7 +31,7 @@ _LINES: tuple[dict[str, Any], ...] = (
     {"color": "#CC79A7", "linestyle": ":", "marker": "+"},
     {"color": "#D55E00", "linestyle": "--", "marker": "s"},
 )
-_HATCHES = ("", "//", "..")
+_HATCHES = ("", "//", "..", "xx")
 
 
 def plot_average(found: AverageTrace, path: str | os.PathLike[str]) -> Path:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fastedit.arch import position_limit
+from fastedit.engine.encoder_decoder import decoder_start, is_encoder_decoder
 from fastedit.session import Session
 from fastedit.tokens import encode_prompt, target_ids
 
-__all__ = ["TracePrompt", "encode_trace"]
+__all__ = ["TracePrompt", "decoder_ids", "encode_trace"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,13 @@ def encode_trace(session: Session, prompt: str, subject: str, answer: str | None
     if start < 0:
         raise ValueError(f"subject must occur in the prompt, got {subject!r} in {prompt!r}")
     encoded = encode_prompt(tokenizer, text)
-    ids = encoded.ids[: encoded.lookup + 1]
     config: Any = session.arch.model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if is_encoder_decoder(session.arch):
+        # An encoder reads its whole input, with the special token at its end.
+        ids, limit = encoded.ids, position_limit(session.arch)
+    else:
+        ids = encoded.ids[: encoded.lookup + 1]
     if isinstance(limit, int) and len(ids) > limit > 0:
         raise ValueError(f"prompt must have at most {limit} tokens, the model's positions, got {len(ids)}")
     span = _span(session, text, start, start + len(subject))
@@ -70,6 +76,20 @@ def encode_trace(session: Session, prompt: str, subject: str, answer: str | None
             raise ValueError(f"answer must have at least one token, got {answer!r}")
         chosen = target_ids(tokenizer, answer)[0]
     return TracePrompt(text, subject, tuple(ids), span, chosen, tuple(tokenizer.decode([i]) for i in ids))
+
+
+def decoder_ids(session: Session, prefix: str | None) -> tuple[int, ...]:
+    """An encoder-decoder's decoder input before the answer: its start token and the prefix's tokens.
+
+    Raises ValueError for a prefix without tokens, or a model whose configuration names no start token.
+    """
+    start = decoder_start(session.arch)
+    if prefix is None:
+        return (start,)
+    ids = session.tokenizer.encode(prefix, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"decoder_prefix must have at least one token, got {prefix!r}")
+    return (start, *ids)
 
 
 def _span(session: Session, text: str, start: int, end: int) -> tuple[int, int]:

@@ -23,6 +23,8 @@ TITLES = {
     "attn": "attention",
     "severed_mlp": "hidden state, MLPs severed",
     "severed_attn": "hidden state, attention severed",
+    "cross": "cross-attention",
+    "severed_cross": "hidden state, cross-attention severed",
 }
 
 
@@ -55,7 +57,8 @@ class CausalTrace:
         low_score, high_score: its mean probability in the corrupted runs, and that in the clean one.
         window: layers that a cell of ``"mlp"`` or ``"attn"`` restores.
         scores: kind -> ``[len(traced), layers]`` float64, mean probability of the answer with a cell restored.
-        engine: how the runs were made: ``"packed tokens"``, or ``"padded rows"`` and why. Changes no result.
+        engine: how the runs were made: ``"packed tokens"``; ``"padded rows"`` and why; of an encoder-decoder ``"rows of
+            one length"``. Changes no result.
     """
 
     prompt: str

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastedit.engine.encoder_decoder import source_side
 from fastedit.session import Session
 from fastedit.trace.average import AverageTrace, average
 from fastedit.trace.causal import TraceOptions, trace_prompts
@@ -100,7 +101,8 @@ class Study:
         subjects = [fact.subject for fact in self._facts]
         moments = None
         if self._options.noise.needs_corpus and self._texts is not None:
-            moments = corpus_moments(self._session.arch, self._session.tokenizer, self._texts)
+            arch = source_side(self._session.arch)
+            moments = corpus_moments(arch, self._session.tokenizer, self._texts)
         start, before = time.monotonic(), len(self.found)
         for first in range(0, len(waiting), batch):
             part = waiting[first : first + batch]

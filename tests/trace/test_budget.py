@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastedit.editor import Editor
 from fastedit.trace import Noise
 
+T5 = {"d_model": 128, "d_ff": 512, "num_decoder_layers": 4, "decoder_start_token_id": 1}
 TEXT, SUBJECT = "the city of Paris is", "Paris"
 
 
@@ -45,22 +46,25 @@ def peak_bytes(call: Callable[[], Any], file: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "side"),
     [
-        ("gpt2", {"n_embd": 128, "n_inner": 512}),
-        ("gpt2", {"n_embd": 64, "n_inner": 128, "vocab_size": 30_000}),
-        ("gemma2", {"hidden_size": 64, "intermediate_size": 192, "head_dim": 64}),
-        ("bloom", {"hidden_size": 128}),
+        ("gpt2", {"n_embd": 128, "n_inner": 512}, None),
+        ("gpt2", {"n_embd": 64, "n_inner": 128, "vocab_size": 30_000}, None),
+        ("gemma2", {"hidden_size": 64, "intermediate_size": 192, "head_dim": 64}, None),
+        ("bloom", {"hidden_size": 128}, None),
+        ("t5", T5, "encoder"),
+        ("t5", T5, "decoder"),
     ],
-    ids=["gpt2", "large vocabulary", "wide heads", "padded rows"],
+    ids=["gpt2", "large vocabulary", "wide heads", "padded rows", "encoder", "decoder"],
 )
-def test_peak_stays_below_the_budget(name: str, shape: dict[str, int], tmp_path: Path) -> None:
+def test_peak_stays_below_the_budget(name: str, shape: dict[str, int], side: Any, tmp_path: Path) -> None:
     editor = Editor(tiny_model(name, **shape), tiny_tokenizer())
     options: dict[str, Any] = {
         "kinds": ("hidden", "mlp"),
         "window": 3,
-        "tokens": "subject_last",
-        "noise": Noise(samples=150),
+        "tokens": "all" if side == "decoder" else "subject_last",
+        "noise": Noise(samples=600 if name == "t5" else 150),
+        "side": side,
     }
     editor.trace(TEXT, SUBJECT, **{**options, "noise": Noise(samples=1)})
     found = []

@@ -223,8 +223,6 @@ def test_bad_input_is_one_line(prompts: Any, answer: Any, options: dict[str, Any
 
 
 def test_models_that_are_refused() -> None:
-    with pytest.raises(ValueError, match="causal and masked models, got model_type='t5'"):
-        find_neurons(session("t5"), "a", " Rome", NeuronOptions())
     with pytest.raises(ValueError, match="activation: must be 'activation' for 'phi3'"):
         find_neurons(session("phi3"), "a", " Rome", NeuronOptions(activation="pre_activation"))
     broken = session("gpt2")

@@ -16,18 +16,27 @@ from fastedit.trace.neurons_result import Neurons
 PROMPT = "The Eiffel Tower is located in the city of"
 HALF = {torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """Relative error of all scores: a few units of the type's rounding, through four blocks and back."""
-# Every path: joining by arithmetic, joining through blocks (post-norm; pre-activations), whole rows, an encoder.
-FAMILIES = ("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "gemma", "gemma2", "bloom", "falcon", "bert")
+# Every path: joining by arithmetic, joining through blocks (post-norm; pre-activations), whole rows, an encoder, both.
+FAMILIES = (
+    *("gpt2", "gptj", "gpt_neox", "llama", "qwen2", "gemma", "gemma2", "bloom", "falcon", "bert"),
+    "t5",
+)
 
 
 def sessions(family: str, dtype: torch.dtype, **overrides: Any) -> tuple[Session, Session, str]:
     """The model in ``dtype``, the same weights in float32, and a prompt."""
     tokenizer = tiny_tokenizer()
     prompt = PROMPT
+    if family == "t5":
+        overrides = {"decoder_start_token_id": 1, **overrides}
     if family == "bert":
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
         prompt = f"{PROMPT} [MASK] today."
     half, wide = (tiny_model(family, dtype=dtype, **overrides) for _ in range(2))
+    for model in (half, wide) if family == "t5" else ():
+        for name, weight in model.named_parameters():
+            # T5's queries are as small as others' scores are divided: a random one's softmax would be a maximum.
+            weight.data *= 8**-0.5 if name.endswith("Attention.q.weight") else 1
     return Session(half, tokenizer), Session(wide.float(), tokenizer), prompt
 
 
@@ -50,7 +59,7 @@ def test_scores_follow_float32(family: str, activation: Any, dtype: torch.dtype,
     assert torch.equal(Neurons.load(tmp_path / "n.npz").scores, found.scores)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "t5"])
 def test_small_probabilities_are_not_lost_in_float16(family: str) -> None:
     """Behind a large vocabulary the gradient of a probability is below what float16 holds."""
     half, wide, prompt = sessions(family, torch.float16, vocab_size=30_000)

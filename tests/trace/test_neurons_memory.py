@@ -17,15 +17,16 @@ from fastedit.trace.neurons import NeuronOptions, attribution_bytes, find_neuron
 from fastedit.trace.neurons_questions import encode_rows
 
 PROMPTS = [f"The {name} Tower is located in the city of" for name in ("Eiffel", "London", "Marie")]
-# The sweep that joins by arithmetic, the one that joins through blocks, and whole rows.
-PATHS = ("gpt2", "gemma2", "bloom", "bert")
+# The sweep that joins by arithmetic, the one that joins through blocks, whole rows, and a decoder behind an encoder.
+PATHS = ("gpt2", "gemma2", "bloom", "bert", "t5")
 
 
 def session(family: str, dtype: torch.dtype = torch.float32) -> Session:
     tokenizer = tiny_tokenizer()
     if family == "bert":
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    return Session(tiny_model(family, dtype=dtype), tokenizer)
+    given = {"decoder_start_token_id": 1} if family == "t5" else {}
+    return Session(tiny_model(family, dtype=dtype, **given), tokenizer)
 
 
 def prompts_of(family: str) -> list[str]:

@@ -355,8 +355,3 @@ def test_hooks_are_gone_after_a_failure(editor: Editor, monkeypatch: pytest.Monk
             run.trace(TEXT, SUBJECT, noise=Noise(samples=2))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.modules())
         monkeypatch.undo()
-
-
-def test_an_encoder_decoder_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="model: causal tracing needs a causal language model"):
-        Editor(tiny_model("t5"), tiny_tokenizer()).trace(TEXT, SUBJECT)
