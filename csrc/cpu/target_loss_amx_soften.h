@@ -20,7 +20,9 @@ constexpr float kLowest = -3.40282347e38f, kInfinity = __builtin_inff();
 std::int64_t chunk_columns(const TargetLossArgs& args) {
     const std::int64_t row = target_loss_width(args) * 2 * target_loss_planes(args.weight_type);
     const std::int64_t fit = kHeadBytes / row / kTargetStep * kTargetStep;
-    return fit < kTargetStep ? kTargetStep : fit > kMostColumns ? kMostColumns : fit;
+    const std::int64_t there = (args.vocabulary + kTargetStep - 1) / kTargetStep * kTargetStep;
+    const std::int64_t most = there < kMostColumns ? there : kMostColumns;
+    return fit < kTargetStep ? kTargetStep : fit > most ? most : fit;
 }
 
 // Where a chunk keeps what.
@@ -35,10 +37,11 @@ struct Chunk {
     Chunk(const TargetLossArgs& args, const TargetLossBlock& block, char* at) : columns(chunk_columns(args)) {
         const std::int64_t plane = columns * 2 * target_loss_planes(args.weight_type);
         head = at;
-        pairs = head + plane * target_loss_width(args);
-        sums = reinterpret_cast<float*>(pairs + plane * kTargetStep);
+        sums = reinterpret_cast<float*>(head + plane * target_loss_width(args));
         logits = sums + columns * block.padded();
-        weights = reinterpret_cast<char*>(logits + columns * block.padded());
+        // Only with a gradient.
+        pairs = reinterpret_cast<char*>(logits + columns * block.padded());
+        weights = pairs + plane * kTargetStep;
     }
 
     static std::int64_t bytes(const TargetLossArgs& args, const TargetLossBlock& block) {

@@ -7,7 +7,8 @@ the backward multiplies two [rows, d] tensors by the incoming scalars: two produ
 where recomputing the logits in the backward would take three.
 
 A CPU with AMX takes both products in bf16 tiles: numbers are split into planes of bf16 that add up to them, and
-products below 2^-24 of the whole are left out. A half-precision head is one plane (float16: two), never widened.
+products below 2^-24 of the whole are left out. A half-precision head is one plane (float16: two), never widened. A row
+has the same bits there whatever rows are beside it, so one or two float32 rows run there too, though slower.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.ops._dispatch import Impl, Slower, define_op
+from fastedit.ops._dispatch import Impl, define_op
 
 __all__ = ["target_loss"]
 
@@ -199,7 +200,6 @@ def _finish(
     return nll, kl, torch.where(wanted[:, None], pull - own, 0.0), d_kl
 
 
-_FEW_ROWS = 2
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/target_loss_amx.h: HeadType
 
 
@@ -249,8 +249,6 @@ def _refuse_cpu(H: Tensor, weight: Tensor, bias: Tensor | None, *_: object) -> s
     level = import_module("fastedit._cpu").info()["isa"]
     if level != "amx":
         return f"it is for AMX tiles, and the instruction-set level is {level}"
-    if weight.dtype == torch.float32 and H.shape[0] <= _FEW_ROWS:
-        return Slower(f"splitting a float32 head costs more than its products with {H.shape[0]} rows")
     return None
 
 
