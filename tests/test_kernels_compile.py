@@ -37,7 +37,9 @@ def run_gate(out: Path, *args: str, path: tuple[Path, ...] = ()) -> subprocess.C
 @pytest.fixture(scope="module")
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     selected = [
-        item.callspec.params for item in request.session.items if "case" in getattr(item, "fixturenames", ())
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and "case" in getattr(item, "fixturenames", ())
     ]
     names = sorted({params["case"] for params in selected})
     archs = sorted({params["arch"] for params in selected})
