@@ -121,6 +121,31 @@ def bench_op(
     return run
 
 
+@pytest.fixture
+def bench_row(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """bench_row(op=, shape=, dtype=, backend=, seconds=, ratio=, goal=, error=, flops=, bytes=, unit=): into the table.
+
+    For benches that compare with something else than the case's twin, on one CPU thread; the caller has checked the
+    result.
+    """
+
+    def add(*, unit: str, seconds: float, flops: float, bytes: float, **row: Any) -> None:
+        floor = _ceilings(request.config, "cpu").floor(unit, flops, bytes)
+        share = None if floor is None else floor / seconds
+        request.config.stash[_ROWS].setdefault("cpu", []).append(
+            {
+                **row,
+                "seconds": seconds,
+                "flops": flops,
+                "bytes": bytes,
+                "of_roofline": share,
+                "peak_bytes": None,
+            }
+        )
+
+    return add
+
+
 def _forced(case: Case, backend: str, inputs: tuple[Any, ...]) -> Callable[..., Any]:
     if not any(row.name == backend for row in fastedit.explain(case.op)):
         pytest.skip(f"{case.op} has no implementation {backend}")

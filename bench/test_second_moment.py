@@ -80,7 +80,13 @@ def seconds(call: Callable[..., None], *args: Any) -> float:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.id)
 @pytest.mark.parametrize("d", [1024, 1600, 4096, 6400])
 def test_against_one_fp32_product(
-    benchmark: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch, d: int, way: Way, master: torch.dtype
+    benchmark: Any,
+    bench_row: Callable[..., None],
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+    d: int,
+    way: Way,
+    master: torch.dtype,
 ) -> None:
     from fastedit import _cpu
 
@@ -119,6 +125,20 @@ def test_against_one_fp32_product(
         error_of_fp32_product=its_error,
     )
     benchmark.pedantic(ours, rounds=1)
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+    bench_row(
+        op="second_moment_ against one fp32 product",
+        shape=f"d={d} T={TOKENS}",
+        dtype=f"{names[way.keys]} keys{', exact' * (way.precision == 'exact')}, {names[master]} C",
+        backend=way.level,
+        seconds=took,
+        ratio=ratio,
+        goal=way.goal if d == 4096 and way.goal > 1 else None,
+        error=error,
+        unit="bf16" if way.level == "amx" else "fp32",
+        flops=float(way.planes * TOKENS * d * (d + 1)),
+        bytes=float(TOKENS * d * way.keys.itemsize + d * (d + 1) * master.itemsize),
+    )
     print(
         f"\nd={d} {way.id} C {str(master).removeprefix('torch.')}: {1e3 * took:.1f} ms, {ratio:.2f}x one fp32 product, "
         f"{100 * share:.0f} % of {ceiling / 1e9:.0f} GF/s, error {error:.1e} (product {its_error:.1e}), "
