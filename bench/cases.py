@@ -52,15 +52,22 @@ class Case:
     reference: Callable[..., Tensor]
     error: Callable[..., float]
     tolerance: float
+    reference_tolerance: float | None = None  # where the twin itself is less exact than ours must be
     flops: float
     bytes: float
     goal: float | None = None  # ratio to the reference to be reached on one CPU thread
     goal_on: str = "cpu"  # the implementation that must reach it
-    unit: str = "fp32"  # whose arithmetic peak is the roof: "bf16", "fp32" or "fp64"
+    unit: str | None = None  # whose arithmetic peak is the roof: "bf16", "fp32" or "fp64"; None: by the dtype
 
     @property
     def id(self) -> str:
         return f"{self.shape}-{self.dtype}"
+
+    @property
+    def roof(self) -> str:
+        """The unit, or the one of the first dtype named; halves without a unit of their own count as fp32."""
+        first = self.dtype.split()[0].rstrip(",")
+        return self.unit or (first if first in ("bf16", "fp64") else "fp32")
 
 
 def second_moment_cases(device: str) -> list[Case]:

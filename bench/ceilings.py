@@ -1,7 +1,7 @@
 """What a machine gives at best, measured in the run whose figures are held against it.
 
-On a CPU the arithmetic peaks are those of loops that touch registers only, and the bandwidth that of a streaming read,
-all on the threads that torch is set to. On a GPU they are torch's own large products and a copy.
+On a CPU the arithmetic peaks are those of loops that touch registers only, times the threads that torch is set to, and
+the bandwidth that of a copy on as many, bytes read and written. On a GPU they are torch's own large products and a copy.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def _of_cpu() -> Ceilings:
     flops = {"bf16": bf16, "fp32": fp32, "fp64": native.peak("fma_f64", 0.2)}
     # The loops run on one core; a call may use as many as torch is set to.
     scaled = {unit: rate * threads for unit, rate in flops.items()}
+    bandwidth = native.bandwidth() if threads == 1 else _copy("cpu")
     return Ceilings(
-        scaled, native.bandwidth(), f"register loops times {threads} threads, streaming read of one core"
+        scaled, bandwidth, f"register loops times {threads} threads; a copy, bytes read and written"
     )
 
 

@@ -65,6 +65,13 @@ def products(d: int, tokens: int, bf16: float) -> dict[str, float]:
                 with fastedit.backend(name):
                     second_moment_(target, K)
 
+            target.zero_()
+            call()
+            last = slice(d - 256, d)
+            exact = (K[:, last].double().T @ K.double()).tril(d - 256)
+            error = float((target[last].double().tril(d - 256) - exact).norm() / exact.norm())
+            if not error <= 5e-6:
+                raise AssertionError(f"second_moment_ d={d} on {name}: error {error:.1e} > 5e-6")
             taken = seconds(call)
             key = f"{name}_{'fp64' if master == torch.float64 else 'fp32'}_C"
             found[f"{key}_ms"], found[f"{key}_of_ceiling"] = 1e3 * taken, half / bf16 / taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,17 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
-def keep(rows: Sequence[Row], ceilings: Ceilings, document: str, device: str) -> Path:
-    """Write the rows into `document`.json; rows of other cases stay, each with the machine and commit it ran at."""
+def keep(
+    rows: Sequence[Row], tried: Collection[tuple[str, ...]], ceilings: Ceilings, document: str, device: str
+) -> Path:
+    """Write the rows into `document`.json; rows of other cases stay, each with the machine and commit it ran at.
+
+    tried: (op, shape, dtype, backend) of what this run began: a case that failed leaves no older figure behind.
+    """
     path = record.directory() / f"{document}.json"
     known = json.loads(path.read_text()) if path.exists() else {"machines": [], "rows": []}
     about = {**record.machine(device), "ceilings": record.rounded(ceilings.as_json())}
-    fresh = {tuple(row[name] for name in _KEY) for row in rows}
+    fresh = {tuple(row[name] for name in _KEY) for row in rows} | set(tried)
     stay = [row for row in known["rows"] if tuple(row[name] for name in _KEY) not in fresh]
     used = sorted({row["machine"] for row in stay})
     machines = [known["machines"][index] for index in used] + [about]

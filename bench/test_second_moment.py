@@ -53,7 +53,7 @@ WAYS = [
     Way(torch.bfloat16, "avx512", goal=1.3),
     Way(torch.float16, "amx", planes=4, goal=2.0),
     Way(torch.float32, "amx", planes=4, goal=2.0),
-    Way(torch.float32, "amx", "exact", planes=6, goal=1.3),
+    Way(torch.float32, "amx", "exact", planes=6, goal=1.4),
     Way(torch.float32, "avx512", "exact", goal=1.4),
 ]
 
@@ -80,6 +80,7 @@ def seconds(call: Callable[..., None], *args: Any) -> float:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.id)
 @pytest.mark.parametrize("d", [1024, 1600, 4096, 6400])
 def test_against_one_fp32_product(
+    request: pytest.FixtureRequest,
     benchmark: Any,
     bench_row: Callable[..., None],
     one_thread: None,
@@ -144,7 +145,7 @@ def test_against_one_fp32_product(
         f"{100 * share:.0f} % of {ceiling / 1e9:.0f} GF/s, error {error:.1e} (product {its_error:.1e}), "
         f"load {os.getloadavg()[0]:.1f}"
     )
-    if d == 4096:
+    if d == 4096 and request.config.getoption("--gate"):
         assert ratio >= way.goal, f"{ratio:.2f}x, the goal is {way.goal:.1f}x"
 
 

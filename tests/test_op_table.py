@@ -49,12 +49,21 @@ def test_the_table_names_every_figure_and_marks_a_missed_goal():
 def test_a_later_run_replaces_its_own_rows_only(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTEDIT_BENCH_RESULTS", str(tmp_path))
     monkeypatch.setenv("FASTEDIT_COMMIT", "first")
-    op_table.keep([row("reference", 2e-3), row("cpu", 1e-3)], ROOF, "cpu-ops", "cpu")
+    op_table.keep([row("reference", 2e-3), row("cpu", 1e-3)], set(), ROOF, "cpu-ops", "cpu")
     monkeypatch.setenv("FASTEDIT_COMMIT", "second")
-    path = op_table.keep([row("cpu", 5e-4)], ROOF, "cpu-ops", "cpu")
+    path = op_table.keep([row("cpu", 5e-4)], set(), ROOF, "cpu-ops", "cpu")
     found = json.loads(path.read_text())
     seen = {r["backend"]: (r["seconds"], found["machines"][r["machine"]]["commit"]) for r in found["rows"]}
     assert seen == {"reference": (2e-3, "first"), "cpu": (5e-4, "second")}
+
+
+def test_a_case_that_failed_leaves_no_older_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTEDIT_BENCH_RESULTS", str(tmp_path))
+    one = row("cpu", 1e-3)
+    op_table.keep([row("reference", 2e-3), one], set(), ROOF, "cpu-ops", "cpu")
+    tried = {tuple(one[name] for name in ("op", "shape", "dtype", "backend"))}
+    path = op_table.keep([], tried, ROOF, "cpu-ops", "cpu")
+    assert [r["backend"] for r in json.loads(path.read_text())["rows"]] == ["reference"]
 
 
 def test_the_roofline_is_a_picture(tmp_path):
