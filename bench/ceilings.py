@@ -1,7 +1,7 @@
 """What a machine gives at best, measured in the run whose figures are held against it.
 
-On a CPU the arithmetic peaks are those of loops that touch registers only, times the threads that torch is set to, and
-the bandwidth that of a copy on as many, bytes read and written. On a GPU they are torch's own large products and a copy.
+On a CPU the arithmetic peaks are those of loops that touch registers only, times the threads that torch is set to,
+and the bandwidth that of a copy on as many, bytes read and written.
 """
 
 from __future__ import annotations
