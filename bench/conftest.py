@@ -196,5 +196,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"roof: {peaks}, {found.bandwidth / 1e9:.1f} GB/s ({found.source})")
         document = f"{device}-ops" if threads == 1 or device == "cuda" else f"{device}-ops-{threads}-threads"
         path = op_table.keep(rows, config.stash[_TRIED].get(device, set()), found, document, device)
-        op_table.plot(rows, found, path.with_name(f"{device}-roofline.png"), f"Ops, {clocked}")
-        terminalreporter.write_line(f"written: {path} and {device}-roofline.png")
+        picture = path.with_name(path.stem.replace("ops", "roofline") + ".png")
+        op_table.plot(op_table.kept(path), found, picture, f"Ops, {clocked}")
+        terminalreporter.write_line(f"written: {path} and {picture.name}")

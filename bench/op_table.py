@@ -12,7 +12,7 @@ from ceilings import Ceilings
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Row", "keep", "plot", "show"]
+__all__ = ["Row", "keep", "kept", "plot", "show"]
 
 Row = dict[str, Any]
 _KEY = ("op", "shape", "dtype", "backend")
@@ -62,6 +62,12 @@ def keep(
     return path
 
 
+def kept(path: Path) -> list[Row]:
+    """All rows of a document that `keep` wrote, those of earlier runs included."""
+    rows: list[Row] = json.loads(path.read_text())["rows"]
+    return rows
+
+
 def plot(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str) -> None:
     """Each call at its operations per byte and its rate, under the roofs of this machine; log-log, PNG or SVG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,7 +92,7 @@ def plot(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str) -> Non
         )
     # Okabe and Ito's colours are told apart without red and green; the marker says the backend.
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-    markers = {"eager": "o", "cpu": "^", "triton": "s", "cuda": "D"}
+    markers = {"eager": "o", "cpu": "^", "avx512": "v", "amx": "*", "triton": "s", "cuda": "D"}
     ops = sorted({row["op"] for row in rows})
     for number, op in enumerate(ops):
         for backend in markers:

@@ -1,4 +1,4 @@
-"""``fastedit demo``: edit, measure, plot and undo facts in an embedded model, in under a minute on two CPU
+"""``fastedit demo``: trace, edit, measure, plot and undo facts in an embedded model, in under a minute on two CPU
 cores.
 """
 
@@ -25,6 +25,7 @@ __all__ = ["demo"]
 
 _STATISTICS_TEXTS = 400
 _PERPLEXITY_TEXTS = 60
+_TRACE_WINDOW = 3  # the published ten would cover all layers of the embedded models
 _PERPLEXITY_SEED = 1  # texts that the statistics were not taken from
 
 
@@ -39,8 +40,8 @@ def demo(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Edit facts in an embedded model with ROME and MEMIT, measure the change, save it, undo it to the last
-    bit.
+    """Trace a fact in an embedded model, edit facts with ROME and MEMIT, measure the change, save it, undo it
+    to the last bit.
     """
     from fastedit.cli.console import emit_json, quiet_libraries
     from fastedit.cli.inputs import at_least_one, check_seed
@@ -60,12 +61,19 @@ def demo(
         run = _Run.open(model, edits, seed)
         out.mkdir(parents=True, exist_ok=True)
         write_requests(out / "requests.jsonl", run.requests)
+        traced = _trace(run, out)
         rome = _rome(run)
         memit = _memit(run, out)
         stages = memit.pop("stages")
         run.seconds["total"] = time.perf_counter() - started
         seconds = {name: round(value, 2) for name, value in run.seconds.items()}
-        report = {"model": f"world:{model}", "rome": rome, "memit": memit, "seconds": seconds}
+        report = {
+            "model": f"world:{model}",
+            "trace": traced,
+            "rome": rome,
+            "memit": memit,
+            "seconds": seconds,
+        }
         write_json(out / "report.json", report)
     if json:
         emit_json(report)
@@ -133,6 +141,31 @@ class _Run:
         from fastedit.cli.weights import weights_digest
 
         return weights_digest(self.editor.model) == self.digest
+
+
+def _trace(run: _Run, out: Path) -> dict[str, Any]:
+    """Where the model keeps the fact that is edited next: a causal trace and its heat maps."""
+    request = run.requests[0]
+    with run.timed("trace"):
+        trace = run.editor.trace(request.text, request.subject, window=_TRACE_WINDOW)
+        plot = trace.plot(out / "trace.png")
+    hidden = trace.scores["hidden"]
+    # The last token's cells next to the end hold the answer by construction; the subject's say where it is kept.
+    row = trace.traced.index(trace.subject_range[1] - 1)
+    layer = int(hidden[row].argmax())
+    return {
+        "prompt": request.text,
+        "subject": request.subject,
+        "answer": trace.answer,
+        "clean": trace.high_score,
+        "corrupted": trace.low_score,
+        "restored": {
+            "token": "last of the subject",
+            "layer": layer,
+            "probability": float(hidden[row, layer]),
+        },
+        "plot": str(plot),
+    }
 
 
 def _rome(run: _Run) -> dict[str, Any]:
@@ -247,7 +280,14 @@ def _show(report: Mapping[str, Any], stages: Mapping[str, Evaluation], out: Path
     from fastedit.evaluate import comparison_table
 
     console = results()
-    rome, memit = report["rome"], report["memit"]
+    rome, memit, traced = report["rome"], report["memit"], report["trace"]
+    best = traced["restored"]
+    line(
+        f"trace of {traced['prompt']!r}: p({traced['answer'].strip()!r}) is {traced['clean']:.2f}, with the subject "
+        f"corrupted {traced['corrupted']:.2f}, with its last token restored at layer {best['layer']} "
+        f"{best['probability']:.2f}"
+    )
+    line()
     request = rome["request"]
     table = Table(
         title=f"ROME, one fact: {request['prompt']} -> {request['target_new']} (was {request['target_true']})",
@@ -272,7 +312,7 @@ def _show(report: Mapping[str, Any], stages: Mapping[str, Evaluation], out: Path
     line()
     for name, value in report["seconds"].items():
         line(f"{name}: {value:.1f} s")
-    line(f"the requests, the edit, the plot and the report are in {out}/")
+    line(f"the requests, the edit, the plots and the report are in {out}/")
 
 
 def _undone(same: bool) -> str:

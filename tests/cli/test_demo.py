@@ -55,7 +55,15 @@ def test_demo(tmp_path: Path, name: str) -> None:
     assert report["memit"]["perplexity"]["after"] < 1.2 * report["memit"]["perplexity"]["before"]
 
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"edit.safetensors", "probabilities.png", "report.json", "requests.jsonl"}
+    assert files == {
+        "edit.safetensors",
+        "probabilities.png",
+        "report.json",
+        "requests.jsonl",
+        "trace.png",
+    }
+    trace = report["trace"]
+    assert trace["clean"] > trace["restored"]["probability"] > 3 * trace["corrupted"]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert len(read_requests(tmp_path / "out" / "requests.jsonl")) == 6
     assert len(Edit.load(tmp_path / "out" / "edit.safetensors").requests) == 6
