@@ -35,6 +35,7 @@ __all__ = [
     "second_moments",
     "statistics_of",
     "templates",
+    "trained_scale",
     "twin_request",
 ]
 
@@ -84,6 +85,27 @@ def editor(
     finally:
         torch.set_default_dtype(before)
     return Editor(model.eval().requires_grad_(False), tokenizer(shape["vocab_size"]))
+
+
+def trained_scale(model: nn.Module, logits: float = 5.0) -> None:
+    """Redraw a model's weights at about the scale that training gives them, on its device; always the same ones.
+
+    With the 0.02 of a fresh model all tokens are nearly as likely whatever is corrupted, so that a trace shows nothing.
+    Here a matrix keeps the size of what it reads, embeddings and head give logits of a standard deviation of `logits`,
+    and gains and biases are shaken. A corrupted subject then takes a sizeable part of the answer's probability.
+    """
+    made: dict[torch.device, torch.Generator] = {}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            generator = made.setdefault(weight.device, torch.Generator(weight.device).manual_seed(1))
+            if weight.dim() > 1:
+                words = any(part in name for part in ("wte", "wpe", "shared", "lm_head"))
+                weight.normal_(generator=generator).mul_(
+                    (logits if words else 1.0) * weight.shape[-1] ** -0.5
+                )
+            else:
+                shaken = torch.empty_like(weight).normal_(generator=generator)
+                weight.add_(shaken, alpha=0.1)
 
 
 def _words(count: int) -> list[str]:

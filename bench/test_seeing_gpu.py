@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import engine_model as made
+import numpy as np
 import pytest
 import record
 import torch
-from judge import report
+from judge import effect_error, report
 from reference.neurons import layer_scores
 from reference.trace import trace as twin_trace
 from twin_cost import timed
@@ -30,7 +31,7 @@ from fastedit.trace.neurons_questions import Row
 
 TOKENS, SPAN, SAMPLES, STEPS, ROUNDS = 20, (2, 6), 10, 20, 3
 EXACT, TF32 = 1e-4, 5e-2
-"""Largest relative error of scores for which a time counts: without TF32, and with it."""
+"""Largest error for which a time counts, in units of the scores or of the largest effect: without TF32, and with it."""
 LEAST = {"ratio": 12.0, "ratio_tf32": 60.0}
 
 pytestmark = [
@@ -119,8 +120,9 @@ def neurons_against_twin(shape: dict[str, int], device: str) -> dict[str, Any]:
 
 
 def trace_against_twin(shape: dict[str, int], device: str) -> dict[str, Any]:
-    """Hidden states: every (token, layer)."""
+    """Hidden states: every (token, layer); weights of a trained model's scale, so that there are effects."""
     ed = made.editor(shape, device=device, dtype=torch.float32)
+    made.trained_scale(ed.model)
     arch, ids = ed.session.arch, token_ids(shape["vocab_size"])
     words = tuple(ed.tokenizer.decode([i]) for i in ids)
     prompt = TracePrompt("".join(words), "".join(words[slice(*SPAN)]), tuple(ids), SPAN, None, words)
@@ -138,11 +140,12 @@ def trace_against_twin(shape: dict[str, int], device: str) -> dict[str, Any]:
 
     with products(False):
         naive()
-        total, (want, _, high, answer) = timed(naive, device)
+        total, (grid, low, high, answer) = timed(naive, device)
+    want = np.array([float(grid[cell]) for cell in cells])
 
     def error(found: Any) -> float:
-        assert found.answer_id == answer or high == 0
-        return max(abs(float(found.scores["hidden"][cell]) - float(want[cell])) for cell in cells) / high
+        assert found.answer_id == answer
+        return effect_error(np.array([found.scores["hidden"][cell] for cell in cells]), want, low, high)
 
     (exact, found), (rounded, loose) = (measured(ours, device, tf32) for tf32 in (False, True))
     figures = {
@@ -150,6 +153,7 @@ def trace_against_twin(shape: dict[str, int], device: str) -> dict[str, Any]:
         "samples": SAMPLES,
         "layers": arch.depth,
         "twin_scaled_from": f"{len(cells)} cells",
+        "probabilities": [low, high],
         "error": error(found),
         "error_tf32": error(loose),
     }

@@ -21,7 +21,10 @@ _COMMANDS: dict[str, tuple[Callable[..., Any], str]] = {
     "apply": (apply.apply, "fastedit apply --model gpt2-xl --edit edit.safetensors --out edited"),
     "revert": (apply.revert, "fastedit revert --model edited --out restored"),
     "stats": (stats.stats, "fastedit stats --model gpt2-xl --corpus texts.jsonl --layers 13-17 --out stats"),
-    "trace": (trace.trace, "fastedit trace --model world:gpt2 --limit 20 --out traces --plot trace.png"),
+    "trace": (
+        trace.trace,
+        "fastedit trace --model world:gpt2 --limit 20 --window 3 --out traces --plot trace.png",
+    ),
     "neurons": (
         neurons.neurons,
         'fastedit neurons --model gpt2-xl --prompt "The capital of France is" --answer Paris --plot neurons.png',

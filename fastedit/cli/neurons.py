@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,8 +140,6 @@ def _check_files(out: Path | None, plot: Path | None, force: bool) -> None:
     if out is not None and out.suffix not in (".json", ".npz"):
         raise ValueError(f"--out must end in .json or .npz, got {str(out)!r}")
     check_plot(plot, force=force, out=out)
-    if plot is not None and find_spec("matplotlib") is None:
-        raise RuntimeError("--plot needs matplotlib: pip install 'fastedit-kernels[plot]'")
     if force and out is None and plot is None:
         raise ValueError("--force needs --out or --plot, got neither")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastedit.atomic_file import can_write
@@ -60,12 +61,17 @@ def check_not_input(
 
 
 def check_plot(path: Path | None, *, force: bool, out: Path | None = None) -> None:
-    """``check_output`` for --plot, whose suffix chooses the format and which must not be --out."""
+    """``check_output`` for --plot, whose suffix chooses the format and which must not be --out.
+
+    Raises RuntimeError without matplotlib: before any work, too.
+    """
     if path is not None and out is not None and path.resolve() == out.resolve():
         raise ValueError(f"--plot must be another file than --out, got {str(path)!r} for both")
     if path is not None and path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"--plot must end in .png or .svg, got {str(path)!r}")
     check_output(path, force=force, option="--plot")
+    if path is not None and find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib: pip install 'fastedit-kernels[plot]'")
 
 
 @contextmanager

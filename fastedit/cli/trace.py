@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,13 +11,10 @@ from fastedit.cli.options import Device, Dtype, Force, Json, Model
 
 if TYPE_CHECKING:
     from fastedit.cli.inputs import Opened
-    from fastedit.trace import Noise, TraceOptions
-    from fastedit.trace.average import AverageTrace
-    from fastedit.trace.facts import TraceFact
+    from fastedit.trace import Noise
 
 __all__ = ["trace"]
 
-_WORLD_FACTS = 40
 _BATCH = 4
 _TEXTS = 1000
 
@@ -48,7 +42,11 @@ def trace(
         int | None, typer.Option(help="Trace only the first N facts.", show_default=False)
     ] = None,
     kinds: Annotated[
-        str, typer.Option(help="Of hidden, mlp, attn, severed_mlp and severed_attn.")
+        str,
+        typer.Option(
+            help="Of hidden, mlp, attn, severed_mlp and severed_attn; with --side decoder also cross and "
+            "severed_cross."
+        ),
     ] = "hidden,mlp,attn",
     window: Annotated[int, typer.Option(help="Layers that a cell of mlp or attn restores.")] = 10,
     tokens: Annotated[str, typer.Option(help="all, or subject_last: the subject's last token only.")] = "all",
@@ -82,6 +80,10 @@ def trace(
         bool, typer.Option("--replace", help="Noise in place of the embeddings instead of on them.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the noise.")] = 1,
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Draw anew for the restoring runs of severed kinds, as published."),
+    ] = False,
     side: Annotated[
         str | None,
         typer.Option(
@@ -131,6 +133,7 @@ def trace(
     from fastedit.cli.inputs import at_least_one, open_model
     from fastedit.cli.outputs import check_output, check_plot
     from fastedit.cli.settings import parse_bytes
+    from fastedit.cli.trace_facts import folder, study, world_facts
     from fastedit.cli.trace_report import deliver
     from fastedit.trace import TraceOptions
     from fastedit.trace.facts import read_facts
@@ -159,6 +162,7 @@ def trace(
         per_dimension=per_dimension,
         replace=replace,
         seed=seed,
+        redraw=redraw,
     )
     if texts is not None and not rule.needs_corpus:
         raise ValueError(f"--texts is for multivariate and student noise, got {str(texts)!r} without it")
@@ -195,12 +199,12 @@ def trace(
     corpus = _corpus(texts)
     opened = open_model(model, dtype=dtype, device=device, encoder_decoder=True)
     if listed is None:
-        listed = _world_facts(opened, limit)
-    with _folder(out) as folder:
-        found = _study(
+        listed = world_facts(opened, limit)
+    with folder(out) as home:
+        found = study(
             opened,
             listed,
-            folder,
+            home,
             options,
             batch or _BATCH,
             all_facts,
@@ -233,61 +237,3 @@ def _own(opened: Opened, rule: Noise, corpus: list[str] | None) -> list[str] | N
     if corpus is not None or not rule.needs_corpus or opened.world is None:
         return corpus
     return opened.world.corpus(_TEXTS)
-
-
-def _world_facts(opened: Opened, limit: int | None) -> list[TraceFact]:
-    from fastedit.trace.facts import TraceFact
-
-    if opened.world is None:
-        raise ValueError("--facts must be given for a model that is not embedded")
-    try:
-        requests = opened.world.requests(limit or _WORLD_FACTS)
-    except ValueError as error:
-        raise ValueError(f"--limit {limit}: {error}") from error
-    return [TraceFact(r.id, r.prompt, r.subject, r.target_true) for r in requests]
-
-
-@contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
-    if out is not None:
-        yield out
-        return
-    with TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-def _study(
-    opened: Opened,
-    facts: Sequence[TraceFact],
-    folder: Path,
-    options: TraceOptions,
-    batch: int,
-    all_facts: bool,
-    texts: Sequence[str] | None,
-    *,
-    resumable: bool,
-) -> AverageTrace:
-    from fastedit.cli.console import log
-    from fastedit.cli.errors import Interrupted
-    from fastedit.cli.outputs import saving
-    from fastedit.cli.trace_report import progress_bar
-    from fastedit.trace.average import average
-    from fastedit.trace.study import Study
-
-    with saving(folder):
-        try:
-            study = Study(opened.editor.session, facts, folder, options, texts=texts)
-        except ValueError as error:
-            if not str(error).startswith("directory "):
-                raise
-            raise ValueError(f"--out{str(error).removeprefix('directory')}") from error
-    there = f", {len(study.found)} of them done before" if study.found else ""
-    log(f"tracing {len(facts)} facts{there}" + ("; Ctrl-C keeps what is done" if resumable else ""))
-    try:
-        with saving(folder), progress_bar(len(facts), len(study.found)) as progress:
-            traces = study.run(batch, progress)
-    except KeyboardInterrupt:
-        if not resumable:
-            raise
-        raise Interrupted(f"run the same command to go on; what is done is in {folder}") from None
-    return average(traces, all_facts=all_facts)

@@ -53,15 +53,18 @@ def deliver(
                 written += found.save(out, force=True)
             else:
                 written += [found.save(out / "average.json"), found.save(out / "average.npz")]
-    if plot is not None:
-        with saving(plot):
-            written.append(found.plot(plot))
-    if json:
-        emit_json({"model": model, **found.to_dict(), "files": [str(path) for path in written]})
-        return
-    _show(found)
-    for path in written:
-        line(f"saved {path}")
+    try:
+        if plot is not None:
+            with saving(plot):
+                written.append(found.plot(plot))
+    finally:
+        # Also where the picture fails: what was found has cost the time.
+        if json:
+            emit_json({"model": model, **found.to_dict(), "files": [str(path) for path in written]})
+        else:
+            _show(found)
+            for path in written:
+                line(f"saved {path}")
 
 
 def _show(found: CausalTrace | AverageTrace) -> None:
@@ -77,7 +80,8 @@ def _show(found: CausalTrace | AverageTrace) -> None:
         grids = {kind: found.effect(kind) for kind in found.kinds}
     else:
         left = f", {found.skipped} left out (not predicted)" if found.skipped else ""
-        line(f"{found.facts} facts{left}: {found.high.mean():.3f} clean, {found.low.mean():.3f} corrupted")
+        count = f"{found.facts} fact{'s'[: found.facts != 1]}{left}"
+        line(f"{count}: {found.high.mean():.3f} clean, {found.low.mean():.3f} corrupted")
         names = list(ROLES)
         grids = {kind: found.mean(kind) for kind in found.kinds}
     if found.engine != "packed tokens":

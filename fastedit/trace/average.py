@@ -115,7 +115,8 @@ class AverageTrace:
 
     def _repr_html_(self) -> str:
         """An inline picture where matplotlib is installed, else a table of each role's best layer."""
-        head = f"{self.facts} facts, {self.high.mean():.3f} clean, {self.low.mean():.3f} corrupted"
+        count = f"{self.facts} fact{'s'[: self.facts != 1]}"
+        head = f"{count}, {self.high.mean():.3f} clean, {self.low.mean():.3f} corrupted"
         try:
             from fastedit.trace.plot_average import average_svg
 

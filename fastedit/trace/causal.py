@@ -20,12 +20,32 @@ from fastedit.trace.head import plain, probabilities
 from fastedit.trace.lanes import Lane
 from fastedit.trace.options import TraceOptions
 from fastedit.trace.padded import padded_traces
-from fastedit.trace.prompts import TracePrompt
+from fastedit.trace.prompts import TracePrompt, decoder_ids
 from fastedit.trace.result import CausalTrace
 from fastedit.trace.seq2seq import trace_seq2seq
 from fastedit.trace.sweep import Run, Sweep, grouped
 
-__all__ = ["TraceOptions", "trace_prompts"]
+__all__ = ["TraceOptions", "check_model", "trace_prompts"]
+
+
+def check_model(session: Session, options: TraceOptions) -> None:
+    """Make sure, before any work, that a model can be traced and takes the options.
+
+    Raises:
+        ValueError: an option that the model has no use for, or a decoder's prefix without tokens.
+        NotImplementedError: a masked language model.
+    """
+    arch = session.arch
+    if is_encoder_decoder(arch):
+        decoder_ids(session, options.decoder_prefix)
+        return
+    for name in ("side", "decoder_prefix"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"{name} must be None for a model that is no encoder-decoder, got {value!r}")
+    if arch.row.side == "encoder":
+        raise NotImplementedError(
+            f"model: causal tracing needs a causal language model, got {type(arch.model).__name__}"
+        )
 
 
 def trace_prompts(
@@ -46,20 +66,15 @@ def trace_prompts(
             ``options.noise``'s draws (``options.noise.replace`` still says how); the second set is for severed kinds.
 
     Raises:
-        ValueError: no prompts, malformed draws or ones that are not finite, or a run that gives NaN or infinity.
+        ValueError: no prompts, malformed draws or ones that are not finite, a run that gives NaN or infinity, or what
+            `check_model` refuses.
         NotImplementedError: a masked language model.
     """
     options = options or TraceOptions()
+    check_model(session, options)
     arch = session.arch
     if is_encoder_decoder(arch):
         return trace_seq2seq(session, prompts, options, subjects=subjects, texts=texts, draws=draws)
-    for name in ("side", "decoder_prefix"):
-        if (value := getattr(options, name)) is not None:
-            raise ValueError(f"{name} must be None for a model that is no encoder-decoder, got {value!r}")
-    if arch.row.side == "encoder":
-        raise NotImplementedError(
-            f"model: causal tracing needs a causal language model, got {type(arch.model).__name__}"
-        )
     if not prompts:
         raise ValueError("prompts: at least one is needed, got 0")
     noise = Draws(session, prompts, options, subjects, texts, draws)

@@ -71,21 +71,66 @@ def read_facts(path: str | os.PathLike[str], *, limit: int | None = None) -> lis
 
 
 def _plain_records(file: Path) -> list[Any] | None:
-    """The records of a file of plain facts, or None for one of edit requests (or of anything else)."""
+    """The records of a file of plain facts, or None for one of edit requests (or of anything else).
+
+    The first record that can be read decides. Raises ValueError for a record of plain facts that cannot.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
         # The reader of requests knows compressed files, and says what is wrong with a broken one.
         return None
-    if not records or not isinstance(records[0], dict):
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.lstrip().startswith("["):
+            return _plain_lines(file, text)
+        if _is_plain(_first_of(text)):
+            raise _damaged(file, error.lineno, error) from None
         return None
-    first = records[0]
-    plain = "subject" in first and ("attribute" in first or "answer" in first or set(first) <= _PLAIN)
-    return records if plain else None
+    except RecursionError:
+        return None
+    records = whole if isinstance(whole, list) else [whole]
+    return records if records and _is_plain(records[0]) else None
+
+
+def _plain_lines(file: Path, text: str) -> list[Any] | None:
+    records: list[Any] = []
+    broken: tuple[int, ValueError] | None = None
+    # Only "\n" ends a line: a JSON string may hold the others that str.splitlines knows.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            broken = broken or (number, error)
+            continue
+        if not _is_plain(records[0]):
+            return None
+    if broken is not None and records:
+        raise _damaged(file, *broken)
+    return records or None
+
+
+def _first_of(text: str) -> Any:
+    """The first record of a list that may be cut off behind it; None where it is cut off in it."""
+    start = text.index("[") + 1
+    try:
+        return json.JSONDecoder().raw_decode(text, start + len(text[start:]) - len(text[start:].lstrip()))[0]
+    except json.JSONDecodeError:
+        return None
+
+
+def _is_plain(record: Any) -> bool:
+    if not isinstance(record, dict) or "subject" not in record:
+        return False
+    return "attribute" in record or "answer" in record or set(record) <= _PLAIN
+
+
+def _damaged(file: Path, line: int, error: ValueError) -> ValueError:
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    return ValueError(f"{file}: line {line}: not valid JSON ({reason})")
 
 
 _PLAIN = {"id", "prompt", "subject", "answer"}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastedit.atomic_file import atomic_path
+from fastedit.trace.plot import COLOURS, figure_svg, layer_ticks, new_figure, picture_path, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,11 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["neurons_svg", "plot_neurons"]
 
-_SUFFIXES = (".png", ".svg")
-# Okabe and Ito's blue and vermilion, told apart with any common colour blindness.
-_BARS, _LINE = "#0072B2", "#D55E00"
-# Text stays text in an SVG (it can be searched and is read aloud), and equal plots are equal files.
-_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastedit"}
+_BARS, _LINE = COLOURS["hidden"], COLOURS["attn"]
 
 
 def plot_neurons(found: Neurons, path: str | os.PathLike[str]) -> Path:
@@ -31,42 +26,25 @@ def plot_neurons(found: Neurons, path: str | os.PathLike[str]) -> Path:
         ValueError: a suffix other than .png and .svg.
         RuntimeError: without matplotlib.
     """
-    target = Path(path)
-    if target.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"path must end in {' or '.join(_SUFFIXES)}, got {str(target)!r}")
-    figure = _figure(found)
-    with atomic_path(target) as part:
-        part.write_bytes(_drawn(figure, target.suffix.lower().removeprefix(".")))
-    return target
+    target = picture_path(path)
+    return save_figure(_figure(found), target)
 
 
 def neurons_svg(found: Neurons) -> str:
     """The picture as an SVG element, to be put into a page. Raises RuntimeError without matplotlib."""
-    text = _drawn(_figure(found), "svg").decode()
-    return text[text.index("<svg") :]
-
-
-def _drawn(figure: Figure, kind: str) -> bytes:
-    from matplotlib import rc_context
-
-    out = io.BytesIO()
-    with rc_context(_STYLE):
-        figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return out.getvalue()
+    return figure_svg(_figure(found))
 
 
 def _figure(found: Neurons) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise RuntimeError("plots need matplotlib: pip install 'fastedit-kernels[plot]'") from error
-
-    # Figure and canvas are made by hand: pyplot would set the process's backend and keep the figure alive.
     width = max(6.0, 0.28 * len(found.layers) + 2.0)
-    figure = Figure(figsize=(width, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    with new_figure(width, 5.2) as figure:
+        _draw(figure, found, width)
+        return figure
+
+
+def _draw(figure: Figure, found: Neurons, width: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     above, below = figure.subplots(2, 1, sharex=True)
     layers, counts = list(found.layers), found.per_layer()
     above.bar(layers, [counts[layer] for layer in layers], color=_BARS, width=0.8)
@@ -91,7 +69,7 @@ def _figure(found: Neurons) -> Figure:
     below.axhline(0, color="#888888", linewidth=0.8)
     below.set_ylabel("sum of scores")
     below.set_xlabel("layer")
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layer_ticks(below)
     for axis in (above, below):
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
@@ -102,4 +80,3 @@ def _figure(found: Neurons) -> Figure:
     figure.suptitle(
         "\n".join(textwrap.wrap(title, int(12 * width), max_lines=3)).replace("$", r"\$"), fontsize=10
     )
-    return figure

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "STYLE", "new_figure", "plot_trace", "save_figure", "trace_svg"]
+__all__ = [
+    "COLOURS",
+    "figure_svg",
+    "layer_ticks",
+    "new_figure",
+    "picture_path",
+    "plot_trace",
+    "save_figure",
+    "trace_svg",
+]
 
 # Okabe and Ito's colours: told apart with any common colour blindness, and by marker and line style too.
 COLOURS = {
@@ -29,7 +38,7 @@ COLOURS = {
     "severed_cross": "#999999",
 }
 # Text stays text in an SVG (it can be searched and is read aloud), and equal plots are equal files.
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastedit"}
+_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "fastedit"}
 _SUFFIXES = (".png", ".svg")
 
 
@@ -42,19 +51,30 @@ def plot_trace(
     A trace of one token is drawn as bars over the layers, its kinds side by side. Raises ValueError for another
     suffix or a kind that was not traced, RuntimeError without matplotlib.
     """
-    target = Path(path)
-    if target.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"path must end in {' or '.join(_SUFFIXES)}, got {str(target)!r}")
+    target = picture_path(path)
     return save_figure(_figure(trace, kinds), target)
 
 
 def trace_svg(trace: CausalTrace) -> str:
     """The picture as an SVG element, to be put into a page. Raises RuntimeError without matplotlib."""
+    return figure_svg(_figure(trace, None))
+
+
+def picture_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a picture. Raises ValueError for a suffix other than .png and .svg."""
+    target = Path(path)
+    if target.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"path must end in {' or '.join(_SUFFIXES)}, got {str(target)!r}")
+    return target
+
+
+def figure_svg(figure: Figure) -> str:
+    """A figure as an SVG element, to be put into a page."""
     from matplotlib import rc_context
 
     out = io.StringIO()
-    with rc_context(STYLE):
-        _figure(trace, None).savefig(out, format="svg", metadata={"Date": None})
+    with rc_context(_STYLE):
+        figure.savefig(out, format="svg", metadata={"Date": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
 
@@ -64,7 +84,7 @@ def save_figure(figure: Figure, target: Path) -> Path:
     from matplotlib import rc_context
 
     svg = target.suffix.lower() == ".svg"
-    with atomic_path(target) as part, rc_context(STYLE):
+    with atomic_path(target) as part, rc_context(_STYLE):
         figure.savefig(
             part, format="svg" if svg else "png", dpi=150, metadata={"Date": None} if svg else None
         )
@@ -80,17 +100,29 @@ def new_figure(width: float, height: float) -> Iterator[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError("plots need matplotlib: pip install 'fastedit-kernels[plot]'") from error
-    with rc_context(STYLE):
+    with rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
 
 
+def layer_ticks(axis: Axes) -> None:
+    """Ticks at whole layers, however few there are."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def _figure(trace: CausalTrace, kinds: Sequence[str] | None) -> Figure:
+    if isinstance(kinds, str):
+        raise ValueError(f"kinds must be a list or tuple of {', '.join(trace.kinds)}, got {kinds!r}")
     chosen = tuple(trace.kinds if kinds is None else kinds)
-    grids = {kind: trace.effect(kind) + trace.low_score for kind in chosen}
-    if not grids:
+    if not chosen:
         raise ValueError(f"kinds must be one or more of {', '.join(trace.kinds)}, got none")
+    for kind in chosen:
+        if kind not in trace.kinds:
+            raise ValueError(f"kind must be one of {', '.join(trace.kinds)}, got {kind!r}")
+    grids = {kind: trace.scores[kind] for kind in chosen}
     rows = len(trace.traced)
     if rows == 1:
         with new_figure(max(5.0, 0.28 * next(iter(grids.values())).shape[1] * len(grids)), 3.4) as figure:
@@ -99,13 +131,16 @@ def _figure(trace: CausalTrace, kinds: Sequence[str] | None) -> Figure:
             return figure
     with new_figure(4.4 * len(grids) + 0.8, max(2.6, 0.24 * rows + 1.3)) as figure:
         axes = figure.subplots(1, len(grids), squeeze=False)[0]
+        # One scale for all panels; a cell may also fall below the corrupted runs.
+        low = min(trace.low_score, *(float(grid.min()) for grid in grids.values()))
         top = max(trace.high_score, *(float(grid.max()) for grid in grids.values()))
         for place, (axis, (kind, grid)) in enumerate(zip(axes, grids.items(), strict=True)):
             # cividis: even steps of lightness, seen alike with red-green and blue-yellow blindness.
-            image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=trace.low_score, vmax=top)
+            image = axis.imshow(grid, aspect="auto", cmap="cividis", vmin=low, vmax=top)
             window = "" if kind == "hidden" or kind.startswith("severed") else f", window {trace.window}"
             axis.set_title(f"restoring the {TITLES[kind]}{window}", fontsize=10)
             axis.set_xlabel("layer")
+            layer_ticks(axis)
             if place:
                 axis.set_yticks([])
             else:
@@ -139,6 +174,7 @@ def _bars(axis: Axes, trace: CausalTrace, grids: dict[str, Any]) -> None:
             at, effect, width, label=TITLES[kind], color=COLOURS[kind], hatch=hatches[place % len(hatches)]
         )
     axis.axhline(0, color="#444444", linewidth=0.8)
+    layer_ticks(axis)
     axis.set_xlabel(f"layer restored at token {_visible(trace.input_tokens[trace.traced[0]])}")
     axis.set_ylabel(f"gain in p({_visible(trace.answer)})")
     axis.set_title(f"clean {trace.high_score:.3f}, corrupted {trace.low_score:.3f}", fontsize=10)

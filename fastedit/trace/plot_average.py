@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastedit.trace.lanes import KINDS, SEVERED
-from fastedit.trace.plot import COLOURS, STYLE, new_figure, save_figure
+from fastedit.trace.plot import COLOURS, figure_svg, layer_ticks, new_figure, picture_path, save_figure
 from fastedit.trace.result import TITLES
 from fastedit.trace.roles import ROLES
 
@@ -39,26 +37,18 @@ def plot_average(found: AverageTrace, path: str | os.PathLike[str]) -> Path:
 
     Raises ValueError for another suffix, RuntimeError without matplotlib.
     """
-    target = Path(path)
-    if target.suffix.lower() not in (".png", ".svg"):
-        raise ValueError(f"path must end in .png or .svg, got {str(target)!r}")
+    target = picture_path(path)
     return save_figure(_figure(found), target)
 
 
 def average_svg(found: AverageTrace) -> str:
     """The picture as an SVG element, to be put into a page. Raises RuntimeError without matplotlib."""
-    figure = _figure(found)
-    from matplotlib import rc_context
-
-    out = io.StringIO()
-    with rc_context(STYLE):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    return figure_svg(_figure(found))
 
 
 def _figure(found: AverageTrace) -> Figure:
-    lines = [kind for kind in KINDS if kind in found.effects]
-    severed = [kind for kind in SEVERED if kind in found.effects]
+    severed = [kind for kind in found.kinds if kind.startswith("severed")]
+    lines = [kind for kind in found.kinds if kind not in severed]
     panels = len(lines) + bool(severed)
     with new_figure(4.2 * panels + 0.4, 4.4 if panels > 1 else 5.0) as figure:
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -85,11 +75,11 @@ def _figure(found: AverageTrace) -> Figure:
             frameon=False,
             fontsize=9,
         )
-        predicted = (
-            f" of {found.facts + found.skipped} facts, those predicted:" if found.skipped else " facts,"
-        )
+        all_of_them = found.facts + found.skipped
+        count = f"{all_of_them} fact{'s'[: all_of_them != 1]}"
+        predicted = f"{found.facts} of {count}, those predicted:" if found.skipped else f"{count},"
         figure.suptitle(
-            f"{found.facts}{predicted} clean {found.high.mean():.3f}, corrupted {found.low.mean():.3f}; "
+            f"{predicted} clean {found.high.mean():.3f}, corrupted {found.low.mean():.3f}; "
             "bands: 95 % of the mean",
             fontsize=10,
         )
@@ -115,12 +105,15 @@ def _draw_lines(axis: Axes, found: AverageTrace, kind: str) -> None:
     window = "" if kind == "hidden" else f", window {found.window}"
     axis.set_title(f"restoring the {TITLES[kind]}{window}", fontsize=10)
     axis.set_xlabel("layer")
+    layer_ticks(axis)
     axis.grid(axis="y", color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
 
 
 def _draw_bars(axis: Axes, found: AverageTrace, kinds: list[str]) -> None:
-    role = ROLES.index("last subject token")
+    # A decoder's tokens hold no subject: what its last one gains is what is read.
+    subject = ROLES.index("last subject token")
+    role = subject if found.count(kinds[-1])[subject] else ROLES.index("last token")
     width = 0.8 / len(kinds)
     for place, kind in enumerate(kinds):
         mean, band = found.mean(kind)[role], np.nan_to_num(found.band(kind)[role])
@@ -136,5 +129,6 @@ def _draw_bars(axis: Axes, found: AverageTrace, kinds: list[str]) -> None:
             error_kw={"linewidth": 0.7},
         )
     axis.axhline(0, color="#444444", linewidth=0.8)
-    axis.set_title("last subject token, paths severed", fontsize=10)
+    axis.set_title(f"{ROLES[role]}, paths severed", fontsize=10)
     axis.set_xlabel("layer")
+    layer_ticks(axis)

@@ -140,7 +140,7 @@ class CausalTrace:
     def from_dict(cls, values: dict[str, Any]) -> CausalTrace:
         """The inverse of `to_dict`. Raises ValueError for what `to_dict` does not give."""
         try:
-            return cls(
+            found = cls(
                 **{
                     **values,
                     **{name: tuple(values[name]) for name in ("input_ids", "input_tokens", "traced")},
@@ -150,6 +150,30 @@ class CausalTrace:
             )
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"values must be what CausalTrace.to_dict gives: {error}") from error
+        found._check_shapes()
+        return found
+
+    def _check_shapes(self) -> None:
+        length = len(self.input_ids)
+        if len(self.input_tokens) != length:
+            raise ValueError(
+                f"input_tokens must be as many as input_ids, {length}, got {len(self.input_tokens)}"
+            )
+        if not self.traced or not all(isinstance(t, int) and 0 <= t < length for t in self.traced):
+            raise ValueError(
+                f"traced must be one or more tokens from 0 to {length - 1}, got {list(self.traced)}"
+            )
+        if not self.scores:
+            raise ValueError("scores must hold one or more kinds, got none")
+        width = max(grid.shape[-1] if grid.ndim else 0 for grid in self.scores.values())
+        for kind, grid in self.scores.items():
+            if kind not in TITLES:
+                raise ValueError(f"scores must be of {', '.join(TITLES)}, got {kind!r}")
+            if grid.shape != (len(self.traced), width) or not width:
+                raise ValueError(
+                    f"scores of {kind} must be of shape [{len(self.traced)}, {max(width, 1)}], "
+                    f"got {list(grid.shape)}"
+                )
 
     def save(self, path: str | Path, *, force: bool = False) -> list[Path]:
         """Write ``.json`` (everything) or ``.npz`` (the published code's keys); returns what was written.

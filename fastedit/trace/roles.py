@@ -23,9 +23,11 @@ def role_of(token: int, span: tuple[int, int], length: int) -> int | None:
     """Place in ROLES of a token of a prompt; None before the subject, where restoring changes nothing.
 
     A subject of one token has only a last one; the prompt's last token is that and nothing else, unless it is the
-    subject's.
+    subject's. Where there is no subject (an empty span: a decoder's tokens), the others are further tokens.
     """
     first, end = span
+    if first == end:
+        return 5 if token == length - 1 else 4
     if token < first:
         return None
     if token < end:

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastedit.engine.encoder_decoder import source_side
+from fastedit.engine.encoder_decoder import is_encoder_decoder, source_side
 from fastedit.session import Session
 from fastedit.trace.average import AverageTrace, average
-from fastedit.trace.causal import TraceOptions, trace_prompts
+from fastedit.trace.causal import TraceOptions, check_model, trace_prompts
 from fastedit.trace.embeddings import corpus_moments
 from fastedit.trace.facts import TraceFact
-from fastedit.trace.prompts import TracePrompt, encode_trace
+from fastedit.trace.prompts import TracePrompt, decoder_ids, encode_trace
 from fastedit.trace.result import CausalTrace
-from fastedit.trace.study_folder import claim, settings_of
+from fastedit.trace.study_folder import check_folder, claim, settings_of
 
 __all__ = ["Study", "StudyProgress", "read_study", "trace_facts"]
 
@@ -54,19 +54,24 @@ class Study:
         *,
         texts: Iterable[str] | None = None,
     ) -> None:
-        """Check the facts, make the folder or make sure that it holds this study, and read the traces in it.
+        """Check options and facts, make sure that the folder holds this study or may hold it, and read its traces.
+
+        The folder is made by `run`, once the first traces are there: a study that fails before leaves nothing.
 
         Args:
             directory: a new or empty folder, or one of the same facts, options and model, whose traces are kept.
             texts: corpus of the noise rules that are measured on one.
 
         Raises:
-            ValueError: naming the fact or the file: no facts, what `encode_trace` refuses, a folder of another study
-                (with what differs), or a damaged trace in it. No folder is made then.
+            ValueError: naming the fact or the file: no facts, an option that the model does not take, what
+                `encode_trace` refuses, a folder of another study (with what differs), or in it a trace that is
+                damaged or another fact's.
+            NotImplementedError: a model that cannot be traced.
         """
         self._session, self._options = session, options or TraceOptions()
         if not facts:
             raise ValueError("facts: at least one is needed, got 0")
+        check_model(session, self._options)
         self._facts, self._texts = list(facts), None if texts is None else list(texts)
         self._prompts: list[TracePrompt] = []
         for fact in facts:
@@ -74,10 +79,11 @@ class Study:
                 self._prompts.append(encode_trace(session, fact.prompt, fact.subject, fact.answer))
             except ValueError as error:
                 raise ValueError(f"fact {fact.id!r}: {error}") from None
-        home = Path(directory)
-        claim(home, settings_of(session, facts, self._options, self._texts))
-        self._files = [home / "cases" / f"{number}.json" for number in range(len(facts))]
-        self.found = {i: _read(file) for i, file in enumerate(self._files) if file.exists()}
+        self._home = Path(directory)
+        self._settings = settings_of(session, facts, self._options, self._texts)
+        check_folder(self._home, self._settings)
+        self._files = [self._home / "cases" / f"{number}.json" for number in range(len(facts))]
+        self.found = {i: self._own(i) for i, file in enumerate(self._files) if file.exists()}
 
     @property
     def total(self) -> int:
@@ -108,6 +114,8 @@ class Study:
             part = waiting[first : first + batch]
             prompts = [self._prompts[i] for i in part]
             traces = trace_prompts(self._session, prompts, self._options, subjects=subjects, texts=moments)
+            if first == 0:
+                claim(self._home, self._settings)
             for i, trace in zip(part, traces, strict=True):
                 trace.save(self._files[i].with_suffix(".npz"), force=True)
                 # Last, for it is what says that the fact is done.
@@ -118,6 +126,30 @@ class Study:
                 left = (self.total - len(self.found)) * seconds / (len(self.found) - before)
                 progress(StudyProgress(len(self.found), self.total, seconds, left))
         return [self.found[i] for i in range(self.total)]
+
+    def _own(self, number: int) -> CausalTrace:
+        """The trace in a fact's file, made sure to be the fact's."""
+        file, prompt, options = self._files[number], self._prompts[number], self._options
+        trace = _read(file)
+        ids = prompt.ids
+        if options.side == "decoder" and is_encoder_decoder(self._session.arch):
+            ids = decoder_ids(self._session, options.decoder_prefix)
+        whole = tuple(range(len(ids)))
+        expected: dict[str, object] = {
+            "prompt": prompt.text,
+            "subject": prompt.subject,
+            "input_ids": ids,
+            "kinds": options.kinds,
+            "window": options.window,
+            "traced": whole if options.tokens == "all" else (prompt.span[1] - 1,),
+        }
+        if prompt.answer is not None:
+            expected["answer_id"] = prompt.answer
+        for name, value in expected.items():
+            if (there := getattr(trace, name)) != value:
+                fact = self._facts[number].id
+                raise _unreadable(file, f"{name} must be {value!r}, that of fact {fact!r}, got {there!r}")
+        return trace
 
 
 def trace_facts(
@@ -156,4 +188,8 @@ def _read(file: Path) -> CausalTrace:
     try:
         return CausalTrace.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"{file}: not a readable trace ({error}); delete it and run again") from None
+        raise _unreadable(file, str(error)) from None
+
+
+def _unreadable(file: Path, reason: str) -> ValueError:
+    return ValueError(f"{file}: not a readable trace ({reason}); delete it and run again")

@@ -14,7 +14,7 @@ from fastedit.session import Session
 from fastedit.trace.facts import TraceFact
 from fastedit.trace.options import TraceOptions
 
-__all__ = ["claim", "settings_of"]
+__all__ = ["check_folder", "claim", "settings_of"]
 
 _SETTINGS = "study.json"
 _CASES = "cases"
@@ -46,8 +46,11 @@ def settings_of(
     return known
 
 
-def claim(home: Path, settings: dict[str, Any]) -> None:
-    """Make a folder a study's, or make sure that it is. Raises ValueError where it is not, with all that differs."""
+def check_folder(home: Path, settings: dict[str, Any]) -> None:
+    """Make sure that a folder is, or may become, a study's; nothing is written.
+
+    Raises ValueError where it may not, with all that differs.
+    """
     file = home / _SETTINGS
     if file.exists():
         differing = _differences(_read(file), settings)
@@ -65,6 +68,12 @@ def claim(home: Path, settings: dict[str, Any]) -> None:
                 f"directory must hold {_SETTINGS} beside {_CASES}, which says what the traces were made with, "
                 f"got {str(home)!r} without it"
             )
+
+
+def claim(home: Path, settings: dict[str, Any]) -> None:
+    """Make a folder a study's. Raises what `check_folder` does."""
+    check_folder(home, settings)
+    file = home / _SETTINGS
     home.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         with atomic_path(file) as part:

@@ -44,6 +44,13 @@ def test_trace_and_neurons(fastedit: Run, t5: Path, tmp_path: Path) -> None:
         "trace", "--model", t5, "--facts", facts, "--samples", 2, "--out", tmp_path / "f", "--json"
     )
     assert many.code == 0 and many.json["facts"] == 2, many.err
+    average = ("--facts", facts, "--samples", 2, "--plot", tmp_path / "average.svg")
+    behind = fastedit("trace", "--model", t5, *average, *side)
+    assert behind.code == 0 and "cross: best layer" in behind.out, behind.err
+    picture = (tmp_path / "average.svg").read_text(encoding="utf-8")
+    for title in ("restoring the cross-attention, window 10", "last token, paths severed"):
+        assert title in picture
+    assert "subsequent token" not in picture
     found = fastedit("neurons", "--model", t5, "--prompt", "LeBron James plays", "--answer", "the", "--json")
     assert found.code == 0 and found.json["neurons"] and found.json["layers"] == [0, 1, 2], found.err
     every = ("--positions", "all", "--decoder-prefix", PREFIX, "--steps", 3)

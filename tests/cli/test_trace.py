@@ -116,7 +116,9 @@ def test_more_facts_than_there_are(fastedit: Run, home: Path, tmp_path: Path) ->
     facts.write_text('{"prompt": "LeBron James plays the sport of", "subject": "LeBron James"}\n')
     done = fastedit("trace", "--model", home / "model", "--facts", facts, *FAST, "--limit", 5)
     assert done.code == 0 and "--limit 5: " in done.err and "holds 1" in done.err
-    fastedit("trace", "--model", "world:gpt2", "--limit", 100_000).refused("--limit 100000")
+    fastedit("trace", "--model", "world:gpt2", "--limit", 100_000).refused(
+        "--limit must be between 1 and 88", "got 100000"
+    )
     facts.write_text('{"prompt": "LeBron James plays')
     fastedit("trace", "--model", home / "model", "--facts", facts).refused("facts.jsonl")
 
@@ -155,3 +157,53 @@ def test_interrupted_and_gone_on_with(
     assert "Traceback" not in stopped.err
     done = fastedit(*command)
     assert done.code == 0 and "1 of them done before" in done.err and len(calls) == 4
+
+
+def test_a_picture_that_cannot_be_made(
+    fastedit: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without matplotlib it is known before the model is opened; where drawing fails, the table is there."""
+    from fastedit.cli import outputs
+    from fastedit.trace import CausalTrace
+
+    command = ("trace", "--model", home / "model", *PROMPT, *FAST, "--plot", tmp_path / "a.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "find_spec", lambda name: None)
+        nothing = [part if part != home / "model" else home / "nothing" for part in command]
+        fastedit(*nothing).refused("--plot needs matplotlib: pip install", code=1)
+
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CausalTrace, "plot", fail)
+    done = fastedit(*command)
+    assert done.code == 1 and "best layer" in done.out and "no space left" in done.err
+    assert fastedit(*command, "--json").json["files"] == []
+
+
+def test_one_fact_and_none_that_is_predicted(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    facts = tmp_path / "facts.jsonl"
+    fact = {"prompt": "LeBron James plays the sport of", "subject": "LeBron James", "answer": "zzz"}
+    facts.write_text(json.dumps(fact))
+    command = ("trace", "--model", home / "model", "--facts", facts, *FAST)
+    done = fastedit(*command)
+    assert done.code == 2 and done.out == ""
+    assert done.err.splitlines()[-1].startswith("error: --all-facts must be given")
+    done = fastedit(*command, "--all-facts")
+    assert done.code == 0 and done.out.startswith("1 fact: "), done.err
+
+
+def test_redraw(fastedit: Run, home: Path) -> None:
+    command = ("trace", "--model", home / "model", *PROMPT, *FAST, "--kinds", "hidden,severed_mlp", "--json")
+    shared, redrawn = fastedit(*command).json, fastedit(*command, "--redraw").json
+    assert shared["scores"]["hidden"] == redrawn["scores"]["hidden"]
+    assert shared["scores"]["severed_mlp"] != redrawn["scores"]["severed_mlp"]
+
+
+def test_a_refused_study_does_not_block_the_next_one(fastedit: Run, home: Path, tmp_path: Path) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text('{"prompt": "LeBron James plays the sport of", "subject": "LeBron James"}\n')
+    command = ("trace", "--model", home / "model", "--facts", facts, *FAST, "--out", tmp_path / "out")
+    fastedit(*command, "--side", "encoder").refused("side must be None")
+    assert not (tmp_path / "out").exists()
+    assert fastedit(*command).code == 0

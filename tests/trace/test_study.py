@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -165,9 +165,8 @@ def test_files_of_facts(tmp_path: Path) -> None:
         read_facts(path)
 
 
-@pytest.fixture(scope="module")
-def world_average() -> Any:
-    world = load("gpt2")
+def average_of(name: Literal["gpt2", "llama"]) -> Any:
+    world = load(name)
     session = Session(world.model, world.tokenizer)
     prompts = [
         encode_trace(session, request.prompt, request.subject, request.target_true)
@@ -177,16 +176,32 @@ def world_average() -> Any:
     return average(trace_prompts(session, prompts, options))
 
 
-def test_the_average_shows_where_the_world_model_keeps_facts(world_average: Any) -> None:
-    """Early on at the subject's last token, by MLPs; late at the prompt's last token, by attention."""
-    hidden, mlp = world_average.mean("hidden"), world_average.mean("mlp")
+@pytest.fixture(scope="module")
+def world_average() -> Any:
+    return average_of("gpt2")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_average_shows_where_the_world_model_keeps_facts(
+    name: Literal["gpt2", "llama"], request: pytest.FixtureRequest
+) -> None:
+    """Early on at the subject's last token; late at its last token, where attention brings more back than MLPs."""
+    found = request.getfixturevalue("world_average") if name == "gpt2" else average_of(name)
+    hidden, mlp, attn = (found.mean(kind) for kind in ("hidden", "mlp", "attn"))
     depth = hidden.shape[1]
     subject, last = ROLES.index("last subject token"), ROLES.index("last token")
-    assert world_average.high.mean() > 0.8 and world_average.low.mean() < 0.2
+    assert found.high.mean() > 0.8 and found.low.mean() < {"gpt2": 0.2, "llama": 0.25}[name]
     assert hidden[subject].argmax() < depth / 2 <= hidden[last].argmax()
     assert hidden[subject, 1] > 0.5 > hidden[last, 1]
     assert hidden[last, -1] > 0.5 > hidden[subject, -1]
-    assert mlp[subject, :3].max() > 2 * mlp[:, :3][[0, 1, 3, 4]].max()
+    others = [0, 1, 3, 4]
+    assert mlp[subject, :3].max() > 2 * mlp[:, :3][others].max()
+    assert attn[subject, :3].max() > 2 * attn[:, :3][others].max()
+    middle = slice(2, 5)
+    assert (attn[last, middle] > mlp[last, middle]).all() and attn[last].max() > mlp[last].max()
+    # Of the subject's first layer MLPs above bring more than attention above.
+    severed = found.mean("severed_mlp")[subject, 0], found.mean("severed_attn")[subject, 0]
+    assert hidden[subject, 0] - severed[0] > 5 * abs(hidden[subject, 0] - severed[1])
 
 
 def test_plots_of_averages(world_average: Any, tmp_path: Path) -> None:
