@@ -33,6 +33,11 @@ std::int64_t lowrank_product_amx_scratch(std::int64_t n, std::int64_t depth, int
 #ifdef FASTEDIT_AMX
 
 void lowrank_product_amx(const ProductArgs& args) {
+    if (args.depth == 0) {  // no step would ever set the sums
+        for (std::int64_t row = 0; row < args.n; ++row)
+            std::fill_n(args.out + row * args.out_stride, args.outputs, 0.0f);
+        return;
+    }
     const Passes passes(args.n, args.depth);
     const std::int64_t tasks = (args.outputs + kProductOutputs - 1) / kProductOutputs;
     float* sums = reinterpret_cast<float*>(args.scratch + passes.packed_bytes());

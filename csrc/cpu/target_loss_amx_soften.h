@@ -19,9 +19,10 @@ constexpr float kLowest = -3.40282347e38f, kInfinity = __builtin_inff();
 
 std::int64_t chunk_columns(const TargetLossArgs& args) {
     const std::int64_t row = target_loss_width(args) * 2 * target_loss_planes(args.weight_type);
-    const std::int64_t fit = kHeadBytes / row / kTargetStep * kTargetStep;
     const std::int64_t there = (args.vocabulary + kTargetStep - 1) / kTargetStep * kTargetStep;
     const std::int64_t most = there < kMostColumns ? there : kMostColumns;
+    if (row == 0) return most;  // d = 0: logits are the bias
+    const std::int64_t fit = kHeadBytes / row / kTargetStep * kTargetStep;
     return fit < kTargetStep ? kTargetStep : fit > most ? most : fit;
 }
 

@@ -4,8 +4,8 @@
 // left, of which each fetches half for both, and each its own 128 on the right. In a block one warp fetches
 // and two warpgroups multiply, each 64 x 128. Keys stay [tokens, d]: the products read both operands
 // transposed. The tensor cores' accumulators do not round to nearest and their bias grows with the chain, so
-// every kPromote tokens they are added to a second set of fp32 registers, and that one goes to C once a call.
-// Each piece of C is one block's: the result is the same on every run.
+// every kPromote tokens they are added to a second set of fp32 registers, and that one goes to C every
+// kFlush. Each piece of C is one block's: the result is the same on every run.
 //
 // Copies cannot skip rows, so masked keys are gathered into `staging` first, with zeros up to a whole step.
 
@@ -20,9 +20,9 @@ namespace fastedit {
 namespace {
 
 constexpr int kTile = 128, kStep = kSecondMomentStep, kBox = 64, kStages = 6, kGroup = 8;
-constexpr int kPromote = 1024 / kStep;       // steps
-constexpr int kBoxBytes = kBox * kStep * 2;  // 64 columns of a step
-constexpr int kStageBytes = 4 * kBoxBytes;   // left, left, right, right
+constexpr int kPromote = 1024 / kStep, kFlush = 8192 / kStep;  // steps
+constexpr int kBoxBytes = kBox * kStep * 2;                    // 64 columns of a step
+constexpr int kStageBytes = 4 * kBoxBytes;                     // left, left, right, right
 constexpr int kThreads = 3 * 128;
 constexpr int kShared = kStages * kStageBytes + 1024;  // the boxes' swizzle needs an alignment of 1,024
 
@@ -135,41 +135,46 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
             Piece at;
             if (!piece(work % pieces, tiles, rank, &at)) continue;
             at.layer = work / pieces;
-            float sums[64], total[64];
-#pragma unroll
-            for (int i = 0; i < 64; ++i) sums[i] = total[i] = 0.0f;
-            for (int first = 0; first < steps; first += kPromote) {
-                const int chain = min(kPromote, steps - first);
-                int read = stage;
-                for (int step = 0; step < chain; ++step, next()) {
-                    sm90::barrier_wait(full + 8 * stage, phase);
-                    const std::uint32_t from = stages + stage * kStageBytes;
-                    const std::uint64_t a = sm90::operand(from + half * kBoxBytes, kBoxBytes);
-                    const std::uint64_t b = sm90::operand(from + 2 * kBoxBytes, kBoxBytes);
-                    sm90::wgmma_fence();
-#pragma unroll
-                    for (int k = 0; k < kStep / 16; ++k)  // 16 k are 2,048 bytes
-                        sm90::wgmma(sums, a + k * 128, b + k * 128, step > 0 || k > 0, Key());
-                    sm90::wgmma_commit();
-                    // The product before this one is done: what it read may be overwritten.
-                    sm90::wgmma_wait<1>();
-                    if (step > 0) release(read);
-                    read = stage;
-                }
-                sm90::wgmma_wait<0>();
-                release(read);
-#pragma unroll
-                for (int i = 0; i < 64; ++i) total[i] += sums[i];
-            }
             Master* master = all_masters + at.layer * master_layer_stride;
             const int row = at.row + half * 64 + warp * 16 + lane / 4;
             const int column = at.column + lane % 4 * 2;
+            float sums[64], total[64];
 #pragma unroll
-            for (int i = 0; i < 64; i += 2) {
-                // Of each 8 columns a thread holds two, in two rows 8 apart.
-                const int r = row + (i / 2 % 2) * 8, c = column + i / 4 * 8;
-                if (r < d && c <= r)
-                    add_pair(master + r * master_stride + c, total[i], total[i + 1], c + 1 <= r);
+            for (int i = 0; i < 64; ++i) sums[i] = 0.0f;
+            for (int span = 0; span < steps; span += kFlush) {
+                const int end = min(span + kFlush, steps);
+#pragma unroll
+                for (int i = 0; i < 64; ++i) total[i] = 0.0f;
+                for (int first = span; first < end; first += kPromote) {
+                    const int chain = min(kPromote, end - first);
+                    int read = stage;
+                    for (int step = 0; step < chain; ++step, next()) {
+                        sm90::barrier_wait(full + 8 * stage, phase);
+                        const std::uint32_t from = stages + stage * kStageBytes;
+                        const std::uint64_t a = sm90::operand(from + half * kBoxBytes, kBoxBytes);
+                        const std::uint64_t b = sm90::operand(from + 2 * kBoxBytes, kBoxBytes);
+                        sm90::wgmma_fence();
+#pragma unroll
+                        for (int k = 0; k < kStep / 16; ++k)  // 16 k are 2,048 bytes
+                            sm90::wgmma(sums, a + k * 128, b + k * 128, step > 0 || k > 0, Key());
+                        sm90::wgmma_commit();
+                        // The product before this one is done: what it read may be overwritten.
+                        sm90::wgmma_wait<1>();
+                        if (step > 0) release(read);
+                        read = stage;
+                    }
+                    sm90::wgmma_wait<0>();
+                    release(read);
+#pragma unroll
+                    for (int i = 0; i < 64; ++i) total[i] += sums[i];
+                }
+#pragma unroll
+                for (int i = 0; i < 64; i += 2) {
+                    // Of each 8 columns a thread holds two, in two rows 8 apart.
+                    const int r = row + (i / 2 % 2) * 8, c = column + i / 4 * 8;
+                    if (r < d && c <= r)
+                        add_pair(master + r * master_stride + c, total[i], total[i + 1], c + 1 <= r);
+                }
             }
         }
     }

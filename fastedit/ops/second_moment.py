@@ -48,6 +48,8 @@ def second_moment_(
     Sums are fp32 over a flush of tokens and then C's dtype: 1024 tokens, with AMX 2048 (bf16) or 512 (other keys), in
     chains of 128 terms at most; on a GPU 8192 tokens, in chains of 1024. fp64 keys: fp64 throughout. With AMX numbers
     under 1.2e-38 count as 0.
+    Keys that are split into planes (with AMX fp32 and fp16, on a GPU fp32 in the Triton kernel) show NaN where others
+    show an infinity: where a key is infinite or beyond 3.3e38, or a sum of products is beyond fp32.
     The bits of the result depend on the machine's instruction set, not on the number of threads or the run.
     Gradients do not flow through K. Raises ValueError naming the argument for a wrong dtype, shape or device.
 

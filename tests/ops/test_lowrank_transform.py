@@ -15,7 +15,14 @@ from fastedit.ops import LowRankLayer, LowRankNet, RowMoments, row_moments_
 from fastedit.ops.lowrank_transform import _arguments, _backward_op, _op, lowrank_transform
 
 # n, d_x, d_d, modules, rank
-SHAPES = [(1, 1, 1, 1, 1), (5, 33, 17, 2, 7), (63, 40, 24, 6, 63), (3, 64, 1000, 3, 9), (70, 96, 32, 1, 300)]
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (5, 33, 17, 2, 7),
+    (63, 40, 24, 6, 63),
+    (3, 64, 1000, 3, 9),
+    (70, 96, 32, 1, 300),
+    (70, 20, 13, 2, 0),  # only bias, scale and shift are left of a layer of rank 0
+]
 PARTS = ("V", "U", "bias", "scale", "shift")
 
 

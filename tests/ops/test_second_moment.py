@@ -301,6 +301,23 @@ def test_nan_in_a_kept_row_shows() -> None:
     assert C[7, :8].isnan().all() and not C[:7, :7].isnan().any()
 
 
+@pytest.mark.parametrize("precision", ["default", "exact"])
+@pytest.mark.parametrize("dtype", KEYS, ids=str)
+def test_infinity_shows_where_it_is(cpu_level: str, dtype: torch.dtype, precision: Precision) -> None:
+    # Planes of an infinite key, and of products beyond fp32, cancel to NaN; nothing else is touched, nothing is finite.
+    K = torch.randn(70, 64, generator=torch.Generator().manual_seed(10)).to(dtype)
+    K[5, 7] = float("inf")
+    if dtype == torch.float32:
+        K[:, 40] = 1e25
+    C = torch.zeros(64, 64, dtype=torch.float64)
+    with fastedit.backend("cpu"):
+        second_moment_(C, K, precision=precision)
+    exact = (K.double().T @ K.double()).tril()
+    there = exact.isfinite() & (exact.abs() < 1e30)
+    assert C.isfinite().equal(there)
+    torch.testing.assert_close(C[there], exact[there], rtol=1e-4, atol=1e-3 * float(exact[there].abs().max()))
+
+
 def test_mirror() -> None:
     for d in (1, 5, 513, 1030):
         C = torch.randn(d, d)
