@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, Slower, define_op
+from fastedit.ops._written import check_written
 
 __all__ = ["mirror_", "second_moment_"]
 
@@ -49,7 +50,8 @@ def second_moment_(
     chains of 128 terms at most; on a GPU 8192 tokens, in chains of 1024. fp64 keys: fp64 throughout. With AMX numbers
     under 1.2e-38 count as 0.
     The bits of the result depend on the machine's instruction set, not on the number of threads or the run.
-    Gradients do not flow through K. Raises ValueError naming the argument for a wrong dtype, shape or device.
+    Gradients do not flow through K. Raises ValueError naming the argument for a wrong dtype, shape or device,
+    and for a C that overlaps itself or, of a sequence, another.
 
         C = torch.zeros(d, d, dtype=torch.float64)
         for keys, mask in batches:  # keys [B, S, d], mask [B, S]
@@ -88,6 +90,7 @@ def _arguments(
     """The op's arguments: checked, keys [T, d] or [L, T, d], mask [T] bool."""
     _check(C, K, mask)
     _check_precision(precision)
+    check_written({"C": C})
     K = K.detach()
     if C.dim() == 2:
         K = K.reshape(-1, K.shape[-1])
@@ -119,6 +122,7 @@ def _layers(
         if matrix.dim() != 2:
             raise ValueError(f"C must be a sequence of [d, d], got one of shape {list(matrix.shape)}")
         _check(matrix, keys, mask)
+    check_written({f"C[{index}]": matrix for index, matrix in enumerate(Cs)})
     bound = [_arguments(matrix, keys, mask, precision) for matrix, keys in zip(Cs, Ks)]
     return Cs, [keys for _, keys, _, _ in bound], bound[0][2]
 

@@ -240,6 +240,12 @@ def test_bad_groups() -> None:
         rank_update_([W, W.clone()], [left, left[:3]], [right, right])
     with pytest.raises(ValueError, match=r"W\[1\] must be on W's device cpu, got meta"):
         rank_update_([W, W.to("meta")], [left, left], [right, right])
+    with pytest.raises(ValueError, match=r"W\[1\] must not share memory with W\[0\]"):
+        rank_update_([W, W], [left, left], [right, right])
+    with pytest.raises(ValueError, match=r"W must not overlap itself, got shape \[4, 3\]"):
+        rank_update_(torch.zeros(3).expand(4, 3), left, right)
+    with pytest.raises(ValueError, match="W must not be a negated view"):
+        rank_update_(torch.zeros(4, 3, dtype=torch.complex64).conj().imag, left, right)
 
 
 def test_threads_give_the_same_norms(native_cpu: None) -> None:
