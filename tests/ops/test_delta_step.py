@@ -240,6 +240,17 @@ def test_bad_rates(change: dict[str, float], message: str) -> None:
         delta_step_(*problem(3, 4, torch.float32), **{**RATES, **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autograd_notices_the_change(dtype: torch.dtype) -> None:
+    state = problem(3, 4, dtype)
+    state[0].requires_grad_()
+    loss = state[0].square().sum()
+    delta_step_(*state, **RATES)
+    assert all(state[index]._version > 0 for index in (0, 2, 3, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_opcheck() -> None:
     state = problem(3, 4, torch.float32)
     torch.library.opcheck(_op, (*state, 0.5, 0.5, 0.75, 0.9, 0.999, 1e-8))

@@ -271,6 +271,20 @@ def test_parameters_are_changed_in_place() -> None:
         torch.testing.assert_close(layer.weight.detach(), before + 2)
 
 
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+def test_autograd_notices_the_change(weight: torch.dtype) -> None:
+    W, x = torch.ones(4, 3, dtype=weight, requires_grad=True), torch.ones(3, dtype=weight, requires_grad=True)
+    loss = (W @ x).sum()
+    rank_update_(W, torch.ones(4, 1), torch.ones(1, 3))
+    assert W._version > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        frozen = torch.ones(4, 3, dtype=weight)
+        rank_update_(frozen, torch.ones(4, 1), torch.ones(1, 3))
+    assert frozen.eq(2).all()
+
+
 def test_what_runs(native_cpu: None) -> None:
     left, right = torch.zeros(8, 2), torch.zeros(2, 6)
 
