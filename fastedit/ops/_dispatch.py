@@ -21,6 +21,7 @@ from inspect import signature
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 __all__ = ["Candidate", "Impl", "Slower", "backend", "define_op", "explain", "report"]
 
@@ -81,6 +82,7 @@ class _Op:
     eager: Callable[..., Any]
     impls: tuple[Impl, ...]
     bind: Callable[..., tuple[Any, ...]] | None
+    written: tuple[int, ...]  # places of the arguments that the schema says it changes
 
 
 _OPS: dict[str, _Op] = {}
@@ -106,8 +108,10 @@ def define_op(
     """
     if name in _OPS:
         raise ValueError(f"name must be new, but op {name!r} is already defined")
-    op = _Op(name, eager, tuple(impls), bind)
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    arguments = getattr(torch.ops.fastedit, name).default._schema.arguments
+    written = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    op = _Op(name, eager, tuple(impls), bind, written)
     for key, device in (("CPU", "cpu"), ("CUDA", "cuda"), ("MPS", "mps"), ("XPU", "xpu")):
         _LIBRARY.impl(name, _chooser(op, device), key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"fastedit::{name}", fake, lib=_LIBRARY)
@@ -124,8 +128,12 @@ def _chooser(op: _Op, device: str) -> Callable[..., Any]:
         if torch.is_autocast_enabled(device):
             # An op states its arithmetic; the caller's autocast would round the products inside it.
             with torch.autocast(device, enabled=False):
-                return run(*args)
-        return run(*args)
+                result = run(*args)
+        else:
+            result = run(*args)
+        for place in op.written:
+            _count_write(args[place])
+        return result
 
     def run(*args: Any) -> Any:
         forced = _forced()
@@ -139,6 +147,13 @@ def _chooser(op: _Op, device: str) -> Callable[..., Any]:
         return op.eager(*args)
 
     return choose
+
+
+def _count_write(written: Tensor | list[Tensor]) -> None:
+    """Let autograd see that a tensor is no longer what a graph may have kept of it, as torch's own ops do."""
+    for tensor in (written,) if isinstance(written, Tensor) else written:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _run_forced(op: _Op, device: str, forced: str, args: tuple[Any, ...]) -> Any:

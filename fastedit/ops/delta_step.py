@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops._written import check_written
 
 __all__ = ["delta_step_"]
 
@@ -39,7 +40,8 @@ def delta_step_(
     step: [E] int64, the steps taken so far; active rows are incremented. init_norm: [E], > 0 in active rows.
     active: [E] bool; other rows keep every bit, whatever their gradient holds.
     Arithmetic is in delta's dtype, the bias corrections in float64. No host synchronisation. Raises ValueError for
-    wrong shapes, dtypes or hyper-parameters.
+    wrong shapes, dtypes, devices or hyper-parameters, and where what is changed overlaps; init_norm > 0 is not checked,
+    for that would wait for the device.
 
         delta_step_(delta, grad, m, v, step, norms, active, lr=0.5, weight_decay=0.5, clamp=0.75)
 
@@ -97,9 +99,11 @@ def _check(
         raise ValueError(f"step must be int64, got {step.dtype}")
     if active.dtype != torch.bool:
         raise ValueError(f"active must be bool, got {active.dtype}")
-    for name, tensor in (("grad", grad), ("step", step), ("init_norm", init_norm), ("active", active)):
+    given = {"grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step}
+    for name, tensor in (given | {"init_norm": init_norm, "active": active}).items():
         if tensor.device != delta.device:
             raise ValueError(f"{name} must be on delta's device {delta.device}, got {tensor.device}")
+    check_written({"delta": delta, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "step": step})
 
 
 def _eager(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, Slower, define_op
+from fastedit.ops._written import check_written, share_memory
 
 __all__ = ["kth_magnitude", "magnitude_mask_"]
 
@@ -42,7 +43,8 @@ def magnitude_mask_(
     x: any shape and strides, float64, float32, bfloat16 or float16. score: x's shape, any of these dtypes; NaN counts
     as greater than infinity. 0 <= k <= number of entries. Among entries equal to the k-th, ties="first" keeps those
     of lowest index in row-major order, so that exactly k are kept; ties="all" keeps them all. What is kept keeps its
-    bits. Raises ValueError for wrong shapes, dtypes, devices, k or ties.
+    bits. A score that shares memory with x counts as it was before. Raises ValueError for wrong shapes, dtypes,
+    devices, k or ties and for an x that overlaps itself.
 
         magnitude_mask_(update, round(0.4 * update.numel()), score=update / (weight + 1e-8), ties="all")
 
@@ -60,9 +62,13 @@ def magnitude_mask_(
         raise ValueError(f"k must be in [0, {x.numel()}], the number of entries of x, got {k}")
     if ties not in ("first", "all"):
         raise ValueError(f"ties must be 'first' or 'all', got {ties!r}")
-    # A score that is x would be two names of what is written.
-    own = score is None or score is x
-    _op_mask(x.detach(), None if own or score is None else score.detach(), k, ties == "all")
+    check_written({"x": x})
+    if score is x:  # it would be two names of what is written
+        score = None
+    if score is not None:
+        # Entries are compared with the last one kept while others are being zeroed.
+        score = score.detach().clone() if share_memory(x, score) else score.detach()
+    _op_mask(x.detach(), score, k, ties == "all")
 
 
 def _check(name: str, tensor: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, Slower, define_op
+from fastedit.ops._written import check_written
 
 __all__ = ["rank_update_"]
 
@@ -52,7 +53,7 @@ def rank_update_(
     Several: sequences of equal length, of any shapes and dtypes, on one device; alpha is one number, or one for each.
     measure: also return (added, lost), float64 [G], one number a module (G = 1 for one): the squared Frobenius norm of
     what W really changed by, and of what the rounding kept from it, alpha left right - (W' - W).
-    Raises ValueError for wrong shapes, dtypes or devices.
+    Raises ValueError for wrong shapes, dtypes or devices and for weights that overlap themselves or each other.
 
         rank_update_(linear.weight, left, right)
         rank_update_(conv1d.weight, left, right, transposed=True)
@@ -96,6 +97,7 @@ def _check(
     for index in range(len(W)):
         of = f"[{index}]" if len(W) > 1 else ""
         _check_one(W[0].device, W[index], left[index], right[index], transposed, of)
+    check_written({f"W[{index}]" if len(W) > 1 else "W": weight for index, weight in enumerate(W)})
 
 
 def _check_one(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops._written import check_written
 
 __all__ = ["RowMoments", "row_moments_"]
 
@@ -50,6 +51,7 @@ class RowMoments:
             raise ValueError(
                 f"other must be one state of width {self.mean.shape[-1]}, got mean of shape {list(other.mean.shape)}"
             )
+        check_written({"count": self.count, "mean": self.mean, "m2": self.m2})
         mean, m2 = (t.to(self.mean.device, torch.float64) for t in (other.mean, other.m2))
         merged = _merge(*_wide(self.count, self.mean, self.m2), other.count.to(self.count.device), mean, m2)
         for old, new in zip((self.count, self.mean, self.m2), merged):
@@ -77,7 +79,7 @@ def row_moments_(
     consecutive batches, which are merged in this order (default: all rows are one batch); a batch without rows changes
     nothing. Sums are in float64 whatever the dtypes; the state is rounded once per batch to its own.
     Returns a `RowMoments` with a leading dimension: the state after each batch. No host synchronisation.
-    Raises ValueError for wrong shapes, dtypes and devices.
+    Raises ValueError for wrong shapes, dtypes and devices and for a state whose tensors overlap.
 
         state = RowMoments.zeros(d_x + d_d)
         trail = row_moments_(state, X, D, batches=[12, 9, 14])     # three modules, each seeing those before it
@@ -123,6 +125,7 @@ def _check(state: RowMoments, X: Tensor, D: Tensor | None, mask: Tensor | None, 
     for name, other in tensors.items():
         if other is not None and other.device != mean.device:
             raise ValueError(f"{name} must be on the state's device {mean.device}, got {other.device}")
+    check_written({"state.count": state.count, "state.mean": mean, "state.m2": state.m2})
 
 
 def _wide(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

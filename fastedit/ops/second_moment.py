@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, Slower, define_op
+from fastedit.ops._written import check_written
 
 __all__ = ["mirror_", "second_moment_"]
 
@@ -51,7 +52,8 @@ def second_moment_(
     Keys that are split into planes (with AMX fp32 and fp16, on a GPU fp32 in the Triton kernel) show NaN where others
     show an infinity: where a key is infinite or beyond 3.3e38, or a sum of products is beyond fp32.
     The bits of the result depend on the machine's instruction set, not on the number of threads or the run.
-    Gradients do not flow through K. Raises ValueError naming the argument for a wrong dtype, shape or device.
+    Gradients do not flow through K. Raises ValueError naming the argument for a wrong dtype, shape or device,
+    and for a C that overlaps itself or, of a sequence, another.
 
         C = torch.zeros(d, d, dtype=torch.float64)
         for keys, mask in batches:  # keys [B, S, d], mask [B, S]
@@ -90,6 +92,7 @@ def _arguments(
     """The op's arguments: checked, keys [T, d] or [L, T, d], mask [T] bool."""
     _check(C, K, mask)
     _check_precision(precision)
+    check_written({"C": C})
     K = K.detach()
     if C.dim() == 2:
         K = K.reshape(-1, K.shape[-1])
@@ -121,6 +124,7 @@ def _layers(
         if matrix.dim() != 2:
             raise ValueError(f"C must be a sequence of [d, d], got one of shape {list(matrix.shape)}")
         _check(matrix, keys, mask)
+    check_written({f"C[{index}]": matrix for index, matrix in enumerate(Cs)})
     bound = [_arguments(matrix, keys, mask, precision) for matrix, keys in zip(Cs, Ks)]
     return Cs, [keys for _, keys, _, _ in bound], bound[0][2]
 

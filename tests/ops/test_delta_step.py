@@ -114,13 +114,14 @@ def test_layouts_of_the_kernel(cpu_level: str) -> None:
     refusals = {
         "delta is torch.float64": problem(4, 37, torch.float64),
         "exp_avg must have unit stride": [*state[:2], torch.zeros(37, 4).T, *state[3:]],
-        "the rows of delta must not overlap": [torch.zeros(1, 37).expand(4, 37), *state[1:]],
         "step must be contiguous": [*state[:4], torch.zeros(8).long()[::2], *state[5:]],
         "grad must be float32": [state[0], state[1].double(), *state[2:]],
     }
     for message, case in refusals.items():
         with fastedit.backend("cpu"), pytest.raises(RuntimeError, match=message):
             delta_step_(*case, **RATES)
+    with fastedit.backend("cpu"), pytest.raises(RuntimeError, match="the rows of delta must not overlap"):
+        _op(torch.zeros(1, 37).expand(4, 37), *state[1:], 0.5, 0.5, 0.75, 0.9, 0.999, 1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -189,6 +190,11 @@ def test_parameters_and_strides() -> None:
         (1, torch.zeros(3, 5), r"grad must be float of delta's shape \[3, 4\], got torch.float32 \[3, 5\]"),
         (2, torch.zeros(3, 4).double(), "exp_avg must have delta's dtype torch.float32, got torch.float64"),
         (3, torch.zeros(2, 4), "exp_avg_sq must be float of delta's shape"),
+        (0, torch.zeros(1, 4).expand(3, 4), "delta must not overlap itself"),
+        (2, torch.zeros(3, 1).expand(3, 4), "exp_avg must not overlap itself"),
+        (2, torch.zeros(3, 4, device="meta"), "exp_avg must be on delta's device cpu, got meta"),
+        (3, torch.zeros(3, 4, device="meta"), "exp_avg_sq must be on delta's device cpu, got meta"),
+        (4, torch.zeros(1).long().expand(3), "step must not overlap itself"),
         (4, torch.zeros(3), "step must be int64, got torch.float32"),
         (4, torch.zeros(2).long(), r"step must have shape \[3\], got \[2\]"),
         (5, torch.zeros(3, 1), r"init_norm must have shape \[3\], got \[3, 1\]"),
@@ -201,6 +207,22 @@ def test_bad_input_names_the_argument(index: int, value: Tensor, message: str) -
     state[index] = value
     with pytest.raises(ValueError, match=message):
         delta_step_(*state, **RATES)
+
+
+def test_what_is_written_is_memory_of_its_own() -> None:
+    state = problem(3, 4, torch.float32)
+    before = copies(state)
+    for first, second in ((0, 2), (0, 3), (2, 3)):
+        given = list(state)
+        given[second] = given[first]
+        names = ["delta", "grad", "exp_avg", "exp_avg_sq"]
+        with pytest.raises(ValueError, match=f"{names[second]} must not share memory with {names[first]},"):
+            delta_step_(*given, **RATES)
+    assert all(torch.equal(one, two) for one, two in zip(state, before))
+    wide = torch.cat([state[0], state[2], state[3]], dim=1)  # side by side is no overlap
+    delta_step_(wide[:, :4], state[1], wide[:, 4:8], wide[:, 8:], *copies(state)[4:], **RATES)
+    delta_step_(*state, **RATES)
+    assert torch.equal(wide, torch.cat([state[0], state[2], state[3]], dim=1))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +238,17 @@ def test_bad_input_names_the_argument(index: int, value: Tensor, message: str) -
 def test_bad_rates(change: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         delta_step_(*problem(3, 4, torch.float32), **{**RATES, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autograd_notices_the_change(dtype: torch.dtype) -> None:
+    state = problem(3, 4, dtype)
+    state[0].requires_grad_()
+    loss = state[0].square().sum()
+    delta_step_(*state, **RATES)
+    assert all(state[index]._version > 0 for index in (0, 2, 3, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_opcheck() -> None:

@@ -235,6 +235,23 @@ def test_bad_input_names_the_argument() -> None:
         magnitude_mask_(x, 1, ties="last")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_score_in_the_memory_of_x_counts_as_it_was(backend: str) -> None:
+    for shift in (1, 5):
+        x = torch.randn(1000, generator=torch.Generator().manual_seed(shift))
+        for target, score in (
+            (slice(shift, None), slice(None, -shift)),
+            (slice(None, -shift), slice(shift, None)),
+        ):
+            found, expected = x.clone(), x[target].clone()
+            with forced(backend):
+                magnitude_mask_(expected, 300, score=x[score].clone())
+                magnitude_mask_(found[target], 300, score=found[score])
+            assert found[target].equal(expected)
+    with pytest.raises(ValueError, match="x must not overlap itself"):
+        magnitude_mask_(torch.zeros(3).expand(2, 3), 1)
+
+
 def test_opcheck_and_compile() -> None:
     x = torch.randn(6, 7)
     torch.library.opcheck(_op, (x, 5))

@@ -240,6 +240,12 @@ def test_bad_groups() -> None:
         rank_update_([W, W.clone()], [left, left[:3]], [right, right])
     with pytest.raises(ValueError, match=r"W\[1\] must be on W's device cpu, got meta"):
         rank_update_([W, W.to("meta")], [left, left], [right, right])
+    with pytest.raises(ValueError, match=r"W\[1\] must not share memory with W\[0\]"):
+        rank_update_([W, W], [left, left], [right, right])
+    with pytest.raises(ValueError, match=r"W must not overlap itself, got shape \[4, 3\]"):
+        rank_update_(torch.zeros(3).expand(4, 3), left, right)
+    with pytest.raises(ValueError, match="W must not be a negated view"):
+        rank_update_(torch.zeros(4, 3, dtype=torch.complex64).conj().imag, left, right)
 
 
 def test_threads_give_the_same_norms(native_cpu: None) -> None:
@@ -263,6 +269,20 @@ def test_parameters_are_changed_in_place() -> None:
         rank_update_(layer.weight, left * 2, torch.ones(1, 8))
         assert layer.weight.requires_grad and layer.weight.is_leaf
         torch.testing.assert_close(layer.weight.detach(), before + 2)
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+def test_autograd_notices_the_change(weight: torch.dtype) -> None:
+    W, x = torch.ones(4, 3, dtype=weight, requires_grad=True), torch.ones(3, dtype=weight, requires_grad=True)
+    loss = (W @ x).sum()
+    rank_update_(W, torch.ones(4, 1), torch.ones(1, 3))
+    assert W._version > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        frozen = torch.ones(4, 3, dtype=weight)
+        rank_update_(frozen, torch.ones(4, 1), torch.ones(1, 3))
+    assert frozen.eq(2).all()
 
 
 def test_what_runs(native_cpu: None) -> None:

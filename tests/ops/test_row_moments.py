@@ -229,6 +229,9 @@ def test_std_of_few_rows() -> None:
     assert state.std().isnan().all() and state.std(EPS).eq(0).all()
 
 
+SHARED = torch.zeros(6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,6 +252,14 @@ def test_std_of_few_rows() -> None:
         (
             {"state": RowMoments(torch.tensor(0), torch.zeros(6), torch.zeros(6).double())},
             "state.m2 must be torch.float32",
+        ),
+        (
+            {"state": RowMoments(torch.tensor(0), torch.zeros(1).expand(6), torch.zeros(6))},
+            "state.mean must not overlap itself",
+        ),
+        (
+            {"state": RowMoments(torch.tensor(0), SHARED, SHARED)},
+            "state.m2 must not share memory with state.mean",
         ),
         (
             {"state": RowMoments(torch.tensor(0.0), torch.zeros(6), torch.zeros(6))},

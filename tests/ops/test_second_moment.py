@@ -332,6 +332,9 @@ def test_mirror() -> None:
         mirror_(torch.zeros(3, 4))
 
 
+SHARED = torch.zeros(4, 4)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -374,6 +377,16 @@ def test_mirror() -> None:
         (
             ([torch.zeros(4, 4), torch.zeros(4, 4)], [torch.zeros(5, 4), torch.zeros(5, 4).half()]),
             "K must have one shape and dtype in all layers",
+        ),
+        ((torch.zeros(4).expand(4, 4), torch.zeros(5, 4)), "C must not overlap itself"),
+        ((torch.zeros(4, 4).expand(3, 4, 4), torch.zeros(3, 5, 4)), "C must not overlap itself"),
+        (
+            ([torch.zeros(4, 4), torch.zeros(4).expand(4, 4)], [torch.zeros(5, 4)] * 2),
+            r"C\[1\] must not overlap itself",
+        ),
+        (
+            ([SHARED, torch.zeros(4, 4), SHARED.view(4, 4)], [torch.zeros(5, 4)] * 3),
+            r"C\[2\] must not share memory with C\[0\]",
         ),
         (([torch.zeros(2, 4, 4)], [torch.zeros(2, 5, 4)]), r"C must be a sequence of \[d, d\]"),
     ],
