@@ -90,7 +90,8 @@ def plot(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str) -> Non
             linewidth=1.2,
             label=f"{unit} roof, {rate / 1e9:.0f} GF/s",
         )
-    # Okabe and Ito's colours are told apart without red and green; the marker says the backend.
+    # Okabe and Ito's colours are told apart without red and green; the marker says the backend,
+    # and hollow ones are the ops beyond the eight colours.
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
     markers = {"eager": "o", "cpu": "^", "avx512": "v", "amx": "*", "triton": "s", "cuda": "D"}
     ops = sorted({row["op"] for row in rows})
@@ -103,7 +104,8 @@ def plot(rows: Sequence[Row], ceilings: Ceilings, path: Path, title: str) -> Non
                     [row["flops"] / row["seconds"] / 1e9 for row in chosen],
                     marker=markers[backend],
                     s=34,
-                    color=colours[number % len(colours)],
+                    edgecolors=colours[number % len(colours)],
+                    facecolors=colours[number] if number < len(colours) else "none",
                     alpha=0.85,
                     label=f"{op}, {backend}",
                 )
