@@ -124,12 +124,6 @@ class Base:
         """Number of packed tokens N."""
         return self._count
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that stay."""
-        kept = [*self.hidden, *self.keys, *self.values, *(x for found in self.parts.values() for x in found)]
-        return sum(tensor.nbytes for tensor in kept)
-
     def store(self, layer: int, _k: Tensor, _v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values that come before those of restored cells."""
         return self.keys[layer], self.values[layer]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastedit.arch import ResolvedArch
@@ -14,7 +15,7 @@ from fastedit.trace.head import head_bytes
 from fastedit.trace.prompts import TracePrompt
 from fastedit.trace.result import CausalTrace
 
-__all__ = ["Budget", "Job", "combined", "jobs_of"]
+__all__ = ["Budget", "Job", "combined", "enough_tokens", "jobs_of"]
 
 # As many tokens as make matrix products as fast as they get; more would only cost memory.
 _ENOUGH = {"cpu": 1024, "cuda": 32768}
@@ -22,6 +23,11 @@ _FEW = 1024
 # Bytes of a tile that attention gathers at a time (`branch_attention`'s chunks in float32), and how many there are.
 _ATTENTION = {"cpu": 4 << 19, "cuda": 4 << 26}
 _TILES = 2
+
+
+def enough_tokens(device: torch.device) -> int:
+    """Tokens to run together where no budget is given."""
+    return _ENOUGH.get(device.type, _FEW)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Budget:
         # Clean and corrupted runs are made before any cell is, so that one of them runs at a time.
         kept = run = usable // (stay + max(at_once, 3 * 8 * width))
         if memory is None:
-            enough = _ENOUGH.get(device.type, _FEW)
+            enough = enough_tokens(device)
             kept, run = min(kept, enough), min(run, enough)
         return cls(max(1, kept), max(1, run))
 

@@ -28,11 +28,14 @@ def hooks() -> Iterator[Callable[..., None]]:
 
 
 def part_module(arch: ResolvedArch, part: str, layer: int) -> nn.Module:
-    """The module whose output is what the MLP (``"mlp"``) or attention (``"attn"``) of a layer adds.
+    """The module whose output is what the MLP (``"mlp"``), attention (``"attn"``) or, in the decoder of an
+    encoder-decoder, cross-attention (``"cross"``) of a layer adds.
 
     Where a family's modules return the sum with the residual stream (BLOOM), restoring their output would restore the
     stream: there it is the last matrix of the module.
     """
+    if part == "cross":
+        return arch.cross(layer)
     if arch.row.residual_inside:
         return arch.mlp_out(layer) if part == "mlp" else arch.attn_out(layer)
     return arch.mlp(layer) if part == "mlp" else arch.attn(layer)

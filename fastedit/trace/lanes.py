@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["KINDS", "SEVERED", "Cell", "Lane", "families", "window_of"]
+__all__ = ["KINDS", "SEVERED", "Cell", "Lane", "families", "heads_of", "window_of", "windowed"]
 
 Kind = Literal["hidden", "mlp", "attn", "severed_mlp", "severed_attn"]
 KINDS = ("hidden", "mlp", "attn")
@@ -66,18 +66,40 @@ def families(
                 if layer < depth - 1
             ]
             continue
-        groups: dict[int, dict[int, list[int]]] = {}
-        for layer in layers:
-            low, high = window_of(layer, window, depth)
-            # Restored in the last block only, a token before the last one cannot be seen any more.
-            if low < depth - 1 or token == length - 1:
-                groups.setdefault(low, {}).setdefault(high, []).append(layer)
-        for low, ends in groups.items():
-            longest = max(ends)
-            lanes = []
-            for high in sorted(ends, reverse=True):
-                cells = tuple((kind, token, layer) for layer in ends[high])
-                start = low + 1 if high == longest else max(low + 1, high)
-                lanes.append(Lane(cells, token, start, kind, high, False, low, high != longest))
-            found.append(tuple(lanes))
+        # Restored in the last block only, a token before the last one cannot be seen any more.
+        seen = [
+            layer for layer in layers if window_of(layer, window, depth)[0] < depth - 1 or token == length - 1
+        ]
+        found += windowed(kind, token, seen, depth=depth, window=window)
+    return found
+
+
+def windowed(
+    kind: str, token: int, layers: Sequence[int], *, depth: int, window: int
+) -> list[tuple[Lane, ...]]:
+    """The lanes of one token's cells of a kind that restores windows: a family for every layer that windows begin at,
+    the longest first, the others forks of it where they end.
+    """
+    groups: dict[int, dict[int, list[int]]] = {}
+    for layer in layers:
+        low, high = window_of(layer, window, depth)
+        groups.setdefault(low, {}).setdefault(high, []).append(layer)
+    found = []
+    for low, ends in groups.items():
+        longest = max(ends)
+        lanes = []
+        for high in sorted(ends, reverse=True):
+            cells = tuple((kind, token, layer) for layer in ends[high])
+            start = low + 1 if high == longest else max(low + 1, high)
+            lanes.append(Lane(cells, token, start, kind, high, False, low, high != longest))
+        found.append(tuple(lanes))
+    return found
+
+
+def heads_of(lanes: Sequence[Lane]) -> dict[int, int]:
+    """For every lane the last one up to it that is no fork: what a fork leaves."""
+    found, head = {}, 0
+    for i, lane in enumerate(lanes):
+        head = head if lane.fork else i
+        found[i] = head
     return found

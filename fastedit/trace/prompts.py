@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fastedit.arch import position_limit
 from fastedit.engine.encoder_decoder import decoder_start, is_encoder_decoder
@@ -60,14 +59,10 @@ def encode_trace(session: Session, prompt: str, subject: str, answer: str | None
     if start < 0:
         raise ValueError(f"subject must occur in the prompt, got {subject!r} in {prompt!r}")
     encoded = encode_prompt(tokenizer, text)
-    config: Any = session.arch.model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if is_encoder_decoder(session.arch):
-        # An encoder reads its whole input, with the special token at its end.
-        ids, limit = encoded.ids, position_limit(session.arch)
-    else:
-        ids = encoded.ids[: encoded.lookup + 1]
-    if isinstance(limit, int) and len(ids) > limit > 0:
+    # An encoder reads its whole input, with the special token at its end.
+    ids = encoded.ids if is_encoder_decoder(session.arch) else encoded.ids[: encoded.lookup + 1]
+    limit = position_limit(session.arch)
+    if limit is not None and len(ids) > limit:
         raise ValueError(f"prompt must have at most {limit} tokens, the model's positions, got {len(ids)}")
     span = _span(session, text, start, start + len(subject))
     chosen = None

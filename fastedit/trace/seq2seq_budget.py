@@ -9,13 +9,10 @@ from torch import Tensor
 
 from fastedit.arch import ResolvedArch
 from fastedit.engine.memory import free_memory
+from fastedit.trace.budget import enough_tokens
 from fastedit.trace.head import head_bytes
 
 __all__ = ["SideBudget"]
-
-# As many tokens as make matrix products as fast as they get; more would only cost memory.
-_ENOUGH = {"cpu": 1024, "cuda": 32768}
-_FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,6 @@ class SideBudget:
         half = max(0, int(0.4 * (int(memory or 0.6 * free_memory(weight.device)) - fixed)))
         kept, run = half // (stay + at_once), half // at_once
         if memory is None:
-            enough = _ENOUGH.get(weight.device.type, _FEW)
+            enough = enough_tokens(weight.device)
             kept, run = min(kept, enough), min(run, enough)
         return cls(max(1, kept), max(1, run), max(1, half // row))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastedit.trace.lanes import SEVERED, Cell, Lane, window_of
+from fastedit.trace.lanes import SEVERED, Cell, Lane, window_of, windowed
 
 __all__ = ["CROSS", "check_side", "severs", "side_families"]
 
@@ -57,27 +57,17 @@ def side_families(
             found.append((Lane(cells, token, depth, None, depth, False, depth - 1),))
         for kind in kinds:
             if kind not in whole:
-                found += _windows(kind, token, depth, window, causal, token == length - 1)
+                layers = [
+                    layer
+                    for layer in range(depth)
+                    if not causal
+                    or _counts(kind, *window_of(layer, window, depth), depth, token == length - 1)
+                ]
+                found += windowed(kind, token, layers, depth=depth, window=window)
     return found
 
 
-def _windows(
-    kind: str, token: int, depth: int, window: int, causal: bool, last: bool
-) -> list[tuple[Lane, ...]]:
-    groups: dict[int, dict[int, list[int]]] = {}
-    for layer in range(depth):
-        low, high = window_of(layer, window, depth)
-        unseen = low == depth - 1 and not last
-        if causal and (unseen or (kind == "attn" and high <= 1)):
-            continue
-        groups.setdefault(low, {}).setdefault(high, []).append(layer)
-    found = []
-    for low, ends in groups.items():
-        longest = max(ends)
-        lanes = []
-        for high in sorted(ends, reverse=True):
-            cells = tuple((kind, token, layer) for layer in ends[high])
-            start = low + 1 if high == longest else max(low + 1, high)
-            lanes.append(Lane(cells, token, start, kind, high, False, low, high != longest))
-        found.append(tuple(lanes))
-    return found
+def _counts(kind: str, low: int, high: int, depth: int, last: bool) -> bool:
+    """Whether restoring layers ``low`` to ``high`` of a decoder's token can change anything."""
+    seen = last or low < depth - 1
+    return seen and not (kind == "attn" and high <= 1)

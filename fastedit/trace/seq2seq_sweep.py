@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastedit.arch import ResolvedArch, block_output
 from fastedit.engine.encoder_decoder import Decoder, Encoder, Encodings, KeysValues
-from fastedit.trace.lanes import Lane
+from fastedit.trace.hooks import hooks, part_module
+from fastedit.trace.lanes import Lane, heads_of
 
 __all__ = ["DecoderSide", "EncoderSide", "Side"]
 
@@ -61,7 +62,7 @@ class Side:
         """
         first = lanes[0].token if self.causal else 0
         rows = [1 + chosen * self.samples + sample for sample in samples]
-        heads = _heads_of(lanes)
+        heads = heads_of(lanes)
         active: list[int] = []
         hidden: Tensor | None = None
         with self._hooks(lambda part: self._patching(part)):
@@ -136,22 +137,12 @@ class Side:
 
     @contextmanager
     def _hooks(self, make: Callable[[str], Any]) -> Iterator[None]:
-        handles = []
-        site: dict[str, Callable[[int], nn.Module]] = {
-            "mlp": self.arch.mlp,
-            "attn": self.arch.attn,
-            "cross": self.arch.cross,
-        }
-        try:
+        with hooks() as hook, torch.no_grad(), ExitStack() as stack:
             for part in self.parts:
                 for layer in range(self.arch.depth):
-                    handles.append(site[part](layer).register_forward_hook(make(part)))
-            with torch.no_grad(), ExitStack() as stack:
-                self._enter(stack)
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                    hook(part_module(self.arch, part, layer), make(part))
+            self._enter(stack)
+            yield
 
     def _enter(self, stack: ExitStack) -> None:
         pass
@@ -214,12 +205,3 @@ class DecoderSide(Side):
 
     def _enter(self, stack: ExitStack) -> None:
         stack.enter_context(self._decoder.running())
-
-
-def _heads_of(lanes: Sequence[Lane]) -> dict[int, int]:
-    """For every fork the lane that it leaves, the last one before it that is none."""
-    found, head = {}, 0
-    for i, lane in enumerate(lanes):
-        head = head if lane.fork else i
-        found[i] = head
-    return found

@@ -30,7 +30,7 @@ from fastedit.engine.fused import fused_activations
 from fastedit.engine.packed import BlockRunner, Plan, at_tokens
 from fastedit.trace.base import Base
 from fastedit.trace.hooks import hooks, part_module
-from fastedit.trace.lanes import Lane
+from fastedit.trace.lanes import Lane, heads_of
 
 __all__ = ["Run", "Sweep", "grouped"]
 
@@ -133,7 +133,7 @@ class Sweep:
         depth = self._arch.depth
         lanes = _Active(self._base)
         waiting = sorted(range(len(group)), key=lambda i: group[i].lane.start)
-        family = self._heads(group)
+        family = heads_of([run.lane for run in group])
         hidden: Tensor | None = None
         for layer in range(group[waiting[0]].lane.start, depth + 1):
             if layer == depth:
@@ -170,15 +170,6 @@ class Sweep:
         if hidden is None:
             raise RuntimeError("a group of lanes must hold at least one")
         return [hidden[lanes.ends(i)] for i in range(len(group))]
-
-    @staticmethod
-    def _heads(group: Sequence[Run]) -> dict[int, int]:
-        """For every fork the lane that it leaves, the last one before it that is none."""
-        found, head = {}, 0
-        for i, run in enumerate(group):
-            head = head if run.lane.fork else i
-            found[i] = head
-        return found
 
     def _entry(self, run: Run) -> Tensor:
         """``[tokens, d]`` input of block ``lane.start``: corrupted but for the lane's token."""
