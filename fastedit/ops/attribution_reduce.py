@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops._named import check_integer
 
 __all__ = ["attribution_reduce"]
 
@@ -40,6 +41,7 @@ def attribution_reduce(
         raise ValueError(
             f"activation must be float of shape {list(shape)}, got {activation.dtype} {list(activation.shape)}"
         )
+    check_integer("steps", steps)
     if steps < 1:
         raise ValueError(f"steps must be >= 1, got {steps}")
     for name, tensor in (("starts", starts), ("activation", activation)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,8 @@ def delta_step_(
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("clamp", clamp), ("eps", eps)):
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
+        if value == math.inf and name != "clamp":  # no ball is a choice
+            raise ValueError(f"{name} must be finite, got {value}")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be in [0, 1), got {value}")

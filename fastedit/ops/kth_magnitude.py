@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, Slower, define_op
+from fastedit.ops._named import check_integer, check_tensors
 from fastedit.ops._written import check_written, share_memory
 
 __all__ = ["kth_magnitude", "magnitude_mask_"]
@@ -29,6 +30,7 @@ def kth_magnitude(x: Tensor, k: int, *, largest: bool = True) -> Tensor:
     Source: the threshold of RECT (arXiv:2401.04700, section 4) and of the merge in WISE (arXiv:2405.14768).
     """
     _check("x", x)
+    check_integer("k", k)
     if not 1 <= k <= x.numel():
         raise ValueError(f"k must be in [1, {x.numel()}], the number of entries of x, got {k}")
     result: Tensor = _op(x.detach(), k if largest else x.numel() + 1 - k)
@@ -58,6 +60,7 @@ def magnitude_mask_(
             raise ValueError(f"score must have x's shape {list(x.shape)}, got {list(score.shape)}")
         if score.device != x.device:
             raise ValueError(f"score must be on x's device {x.device}, got {score.device}")
+    check_integer("k", k)
     if not 0 <= k <= x.numel():
         raise ValueError(f"k must be in [0, {x.numel()}], the number of entries of x, got {k}")
     if ties not in ("first", "all"):
@@ -72,6 +75,7 @@ def magnitude_mask_(
 
 
 def _check(name: str, tensor: Tensor) -> None:
+    check_tensors(**{name: tensor})
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
 

@@ -87,7 +87,9 @@ def _arguments(
     """The public function's arguments as the op's schema has them."""
     layers = net.layers
     lists = tuple([getattr(layer, name) for layer in layers] for name in _PARTS)
-    mean, std = (None, None) if stats is None else (t.detach().reshape(-1, t.shape[-1]) for t in stats)
+    mean, std = (
+        (None, None) if stats is None else (t.detach()[None] if t.ndim == 1 else t.detach() for t in stats)
+    )
     needs = torch.is_grad_enabled() and any(t.requires_grad for part in ([X, D], *lists) for t in part)
     return X, D, mean, std, *lists, mode, float(eps), net.clamp_first, needs
 
@@ -305,6 +307,8 @@ def _refuse_cpu(
     *_rest: Any,
 ) -> str | None:
     dtype = _dtype(X, D, V)
+    if X.shape[1] + D.shape[1] == 0:
+        return "the rows have no entries: there is nothing to compute"
     if dtype != torch.float32:
         return f"the kernel computes in float32, the net is {dtype}"
     for name, part in (("X", X), ("D", D)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops._named import check_integer
 
 __all__ = ["Nearest", "nearest_key", "topk_keys"]
 
@@ -74,6 +75,7 @@ def topk_keys(q: Tensor, keys: Tensor, k: int, *, cosine: bool = False) -> tuple
     Source: the retrieval of demonstrations of IKE (arXiv:2305.12740, section 3.3).
     """
     _check(q, keys)
+    check_integer("k", k)
     if not 1 <= k <= keys.shape[0]:
         raise ValueError(f"k must be in [1, {keys.shape[0]}], the number of keys, got {k}")
     scores, index = _op_topk(q.detach(), keys.detach(), k, cosine)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, define_op
+from fastedit.ops._named import check_tensors
 from fastedit.ops._written import check_written
 
 __all__ = ["RowMoments", "row_moments_"]
@@ -88,6 +89,7 @@ def row_moments_(
     Source: the running statistics of MEND (arXiv:2110.11309) and MALMEN (arXiv:2311.04661); merging of Chan, Golub and
     LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
+    check_tensors(X=X)
     sizes = [X.shape[0]] if batches is None else [int(size) for size in batches]
     _check(state, X, D, mask, sizes)
     tensors = (state.count, state.mean, state.m2, X, D)
@@ -95,6 +97,17 @@ def row_moments_(
 
 
 def _check(state: RowMoments, X: Tensor, D: Tensor | None, mask: Tensor | None, sizes: list[int]) -> None:
+    given = {
+        "state.count": state.count,
+        "state.mean": state.mean,
+        "state.m2": state.m2,
+        "X": X,
+        "D": D,
+        "mask": mask,
+    }
+    check_tensors(
+        **{name: tensor for name, tensor in given.items() if tensor is not None or name not in ("D", "mask")}
+    )
     mean = state.mean
     if mean.ndim != 1 or mean.dtype not in (torch.float64, torch.float32):
         raise ValueError(

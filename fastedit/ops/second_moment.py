@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastedit.ops._dispatch import Impl, Slower, define_op
+from fastedit.ops._named import check_tensors
 from fastedit.ops._written import check_written
 
 __all__ = ["mirror_", "second_moment_"]
@@ -95,7 +96,7 @@ def _arguments(
     check_written({"C": C})
     K = K.detach()
     if C.dim() == 2:
-        K = K.reshape(-1, K.shape[-1])
+        K = K.flatten(0, -2)
     if mask is not None:
         mask = mask.reshape(-1) if mask.dtype == torch.bool else mask.reshape(-1) != 0
     return C, K, mask, precision
@@ -105,7 +106,12 @@ def _layers(
     C: Tensor | Sequence[Tensor], K: Tensor | Sequence[Tensor], mask: Tensor | None, precision: str
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """The list op's arguments: checked, C [d, d] and keys [T, d] of one dtype and shape each, mask [T] bool."""
+    for name, several in (("C", C), ("K", K)):
+        if not isinstance(several, (Tensor, Sequence)):
+            raise ValueError(f"{name} must be a tensor or a sequence of them, got {type(several).__name__}")
     Cs, Ks = list(C), list(K)
+    for name, given in (("C", Cs), ("K", Ks)):
+        check_tensors(**{f"{name}[{index}]": tensor for index, tensor in enumerate(given)})
     if not Cs or len(Cs) != len(Ks):
         raise ValueError(
             f"K must hold keys of every layer, one for each of the {len(Cs)} of C, got {len(Ks)}"
@@ -149,6 +155,7 @@ def _check_precision(precision: str) -> None:
 
 
 def _check(C: Tensor, K: Tensor, mask: Tensor | None) -> None:
+    check_tensors(C=C, K=K, **({} if mask is None else {"mask": mask}))
     if C.dim() not in (2, 3) or C.shape[-1] != C.shape[-2]:
         raise ValueError(f"C must be [d, d] or [L, d, d], got shape {list(C.shape)}")
     if C.dtype not in MASTER_DTYPES:
@@ -247,6 +254,8 @@ def _run_cpu_list(
 
 def _refuse(C: Tensor, K: Tensor) -> str | None:
     """What no compiled kernel takes."""
+    if C.shape[-1] == 0:
+        return "C has no entries: there is nothing to add"
     if K.dtype == torch.float64:
         return "K is float64: torch's own fp64 product is at the limit already"
     if C.stride(-1) != 1 and C.shape[-1] > 1:

@@ -52,8 +52,8 @@ def target_loss(
     H: [R, d] final-normed hidden states; weight: [V, d] head; bias: [V] or None; targets: [R] int64 in [-1, V);
     kl_rows: [Q] int64 rows of H and kl_logp: [Q, V] log-probabilities, or both None. Any float dtypes.
     Returns (nll [R], kl [Q]), Q = 0 without KL rows: float64 if H is float64, else float32, as is all arithmetic.
-    Differentiable in H only. Raises ValueError for wrong shapes and dtypes; target and row numbers are not checked,
-    for that would synchronise with the device.
+    Differentiable in H only. Raises ValueError for wrong shapes and dtypes; IndexError for a target or row
+    that is not there, on the CPU: elsewhere the numbers are not checked, for that would synchronise with the device.
 
         nll, kl = target_loss(H, head.weight, head.bias, targets, rows, logp0)
 
@@ -104,6 +104,19 @@ def _check(
             raise ValueError(f"{name} must be on H's device {H.device}, got {tensor.device}")
 
 
+def _check_numbers(H: Tensor, weight: Tensor, targets: Tensor, kl_rows: Tensor | None) -> None:
+    """Inside the op: the numbers are not there while it is compiled. On the CPU, where none has to be awaited."""
+    if H.device.type != "cpu":
+        return
+    (R, _), V = H.shape, weight.shape[0]
+    if targets.numel() and int(targets.max()) >= V:
+        raise IndexError(f"targets must be below {V}, the rows of weight, got {int(targets.max())}")
+    if kl_rows is not None and kl_rows.numel():
+        low, high = (int(end) for end in torch.aminmax(kl_rows))
+        if low < -R or high >= R:
+            raise IndexError(f"kl_rows must be rows of H, below {R}, got {kl_rows.tolist()[:8]}")
+
+
 def _accumulate_dtype(H: Tensor) -> torch.dtype:
     return torch.float64 if H.dtype == torch.float64 else torch.float32
 
@@ -119,6 +132,7 @@ def _eager(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll [R], kl [Q] and, with_grad, their gradients [R, d] and [Q, d] in H (else empty)."""
+    _check_numbers(H, weight, targets, kl_rows)
     dtype = _accumulate_dtype(H)
     X = H.to(dtype)
     R, V = X.shape[0], weight.shape[0]
@@ -214,12 +228,11 @@ def _run_cpu(
     softcap: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_numbers(H, weight, targets, kl_rows)
     (R, d), V = H.shape, weight.shape[0]
     X, targets = H.to(torch.float32).contiguous(), targets.contiguous()
     rows = targets.new_empty(0) if kl_rows is None else kl_rows.contiguous()
     Q = rows.shape[0]
-    if Q and not (int(rows.min()) >= -R and int(rows.max()) < R):
-        raise IndexError(f"kl_rows must be rows of H, below {R}, got {rows.tolist()[:8]}")
     rows = torch.where(rows < 0, rows + R, rows)
     logp = X if kl_logp is None else kl_logp.to(torch.float32)
     logp = logp if logp.stride(-1) == 1 or logp.numel() < 2 else logp.contiguous()

@@ -98,6 +98,7 @@ def test_layouts() -> None:
             r"activation must be float of shape \[2, 3\], got torch.float32 \[3, 3\]",
         ),
         ({"activation": torch.zeros(2, 3).int()}, "activation must be float"),
+        ({"steps": 2.5}, "steps must be an integer, got 2.5"),
         ({"steps": 0}, "steps must be >= 1, got 0"),
         (
             {"starts": torch.tensor([0, 3, 2])},

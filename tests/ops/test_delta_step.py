@@ -229,6 +229,7 @@ def test_what_is_written_is_memory_of_its_own() -> None:
     ("change", "message"),
     [
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
         ({"clamp": float("nan")}, "clamp must be >= 0, got nan"),
         ({"weight_decay": -0.1}, "weight_decay must be >= 0"),
         ({"beta1": 1.0}, r"beta1 must be in \[0, 1\), got 1.0"),

@@ -223,6 +223,12 @@ def test_bad_input_names_the_argument() -> None:
     for k in (-1, 7):
         with pytest.raises(ValueError, match=rf"k must be in \[0, 6\], the number of entries of x, got {k}"):
             magnitude_mask_(x, k)
+    for k in (2.0, True, None):
+        for call in (kth_magnitude, magnitude_mask_):
+            with pytest.raises(ValueError, match=f"k must be an integer, got {k}"):
+                call(x, k)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="x must be a tensor, got list"):
+        kth_magnitude([1, 2], 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="x must be float64, float32, bfloat16 or float16, got torch.int64"):
         kth_magnitude(x.long(), 1)
     with pytest.raises(ValueError, match="score must be float64, .* got torch.int32"):

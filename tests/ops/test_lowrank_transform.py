@@ -226,6 +226,8 @@ def test_no_rows_and_no_layers(implementation: str) -> None:
         X, D = torch.randn(5, 4), torch.randn(5, 3)
         only = lowrank_transform(X, D, LowRankNet([]), (torch.ones(7), torch.full((7,), 2.0)), eps=0.0)
         assert torch.equal(only[0], (X - 1) / 2) and torch.equal(only[1], (D - 1) / 2)
+    none = lowrank_transform(X[:, :0], D[:, :0], LowRankNet([]), (torch.ones(0), torch.ones(2, 0)[0]))
+    assert [list(part.shape) for part in none] == [[5, 0], [5, 0]]
     wide = lowrank_transform(X.double(), D, LowRankNet([]), None)
     assert wide[1].dtype == torch.float64
 

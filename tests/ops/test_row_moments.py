@@ -242,6 +242,8 @@ SHARED = torch.zeros(6)
         ({"D": torch.zeros(3, 1)}, "state must have the width 5 of the rows, got 6"),
         ({"mask": torch.ones(2).bool()}, r"mask must be bool of shape \[3\], got torch.bool \[2\]"),
         ({"mask": torch.ones(3)}, r"mask must be bool of shape \[3\], got torch.float32"),
+        ({"mask": [True] * 3}, "mask must be a tensor, got list"),
+        ({"X": [[0.0] * 4] * 3}, "X must be a tensor, got list"),
         ({"batches": [1, 1]}, r"batches must be >= 0 and sum to X's 3 rows, got \[1, 1\]"),
         ({"batches": [4, -1]}, r"batches must be >= 0 and sum to X's 3 rows"),
         ({"X": torch.zeros(3, 4, device="meta")}, "X must be on the state's device cpu, got meta"),

@@ -378,6 +378,9 @@ SHARED = torch.zeros(4, 4)
             ([torch.zeros(4, 4), torch.zeros(4, 4)], [torch.zeros(5, 4), torch.zeros(5, 4).half()]),
             "K must have one shape and dtype in all layers",
         ),
+        ((None, torch.zeros(5, 4)), "C must be a tensor or a sequence of them, got NoneType"),
+        (([None], [torch.zeros(5, 4)]), r"C\[0\] must be a tensor, got NoneType"),
+        ((torch.zeros(4, 4), torch.zeros(5, 4), [1] * 5), "mask must be a tensor, got list"),
         ((torch.zeros(4).expand(4, 4), torch.zeros(5, 4)), "C must not overlap itself"),
         ((torch.zeros(4, 4).expand(3, 4, 4), torch.zeros(3, 5, 4)), "C must not overlap itself"),
         (
@@ -394,6 +397,13 @@ SHARED = torch.zeros(4, 4)
 def test_bad_input_names_the_argument(args: tuple[Tensor, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         second_moment_(*args)
+
+
+@pytest.mark.parametrize("precision", ["default", "exact"])
+def test_no_columns(precision: Precision) -> None:
+    for C, K in (((0, 0), (5, 0)), ((0, 0), (2, 5, 0)), ((3, 0, 0), (3, 5, 0))):
+        second_moment_(torch.zeros(C), torch.zeros(K), precision=precision)
+    second_moment_([torch.zeros(0, 0)], [torch.zeros(5, 0)], precision=precision)
 
 
 def test_precision_is_one_of_two() -> None:

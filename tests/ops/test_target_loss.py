@@ -284,6 +284,15 @@ def test_bad_input_names_the_argument(change: dict[str, object], message: str) -
         target_loss(**arguments)  # type: ignore[arg-type]
 
 
+def test_a_target_or_row_that_is_not_there() -> None:
+    H, weight, bias, targets, _, logp = problem(3, 4, 9, 1, torch.float32)
+    with pytest.raises(IndexError, match="targets must be below 9, the rows of weight, got 9"):
+        target_loss(H, weight, bias, torch.tensor([0, 9, -1]), None, None)
+    for row in (3, -4):
+        with pytest.raises(IndexError, match=rf"kl_rows must be rows of H, below 3, got \[{row}\]"):
+            target_loss(H, weight, bias, targets, torch.tensor([row]), logp)
+
+
 def test_opcheck_and_compile() -> None:
     H, weight, bias, targets, rows, logp = problem(4, 5, 20, 2, torch.float32)
     torch.library.opcheck(_op, (H.clone().requires_grad_(), weight, bias, targets, rows, logp, 0.0, True))
