@@ -373,7 +373,10 @@ def test_the_residual_of_a_solution_is_rounding(kind: str, seed: int, n: int, m:
     K, R, history, generator = problem(seed, n, 20, d, m)
     metric = make(kind, 20, generator)
     left, right = edit_solve(metric, K, R, mu=2.0, history=history)
-    assert float(edit_residual(metric, K, R, left, right, mu=2.0, history=history)) < 1e-11
+    # With a refined metric K C^-1 comes as a whole, exact to kappa eps = 2e-13, not as two halves whose Gram matrix is
+    # theirs to rounding; what solves with that matrix multiplies the error by its condition, some hundreds here.
+    rounding = 1e-10 if kind == "refined" else 1e-11
+    assert float(edit_residual(metric, K, R, left, right, mu=2.0, history=history)) < rounding
     assert float(edit_residual(metric, K, R, left, 1.001 * right, mu=2.0, history=history)) > 1e-5
 
 
