@@ -37,7 +37,6 @@ def _squares_kernel(
     B,
     N,
     d,
-    blocks,  # of KEYS keys
     q_row,  # strides
     q_column,
     key_row,
@@ -48,10 +47,8 @@ def _squares_kernel(
     STAGES: tl.constexpr,
 ):
     """Of one block of keys and QUERIES queries: the two least of sum_i (q_i - k_i)^2, the first one's key"""
-    # One axis: the others end at 65,535, which blocks of keys and blocks of queries both can exceed.
-    block = tl.program_id(0) % blocks
-    key = block * KEYS + tl.arange(0, KEYS)
-    first = tl.program_id(0) // blocks * QUERIES
+    key = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    first = tl.program_id(1) * QUERIES
     query = tl.arange(0, QUERIES)
     real = key < N
     key_at = keys + key.to(tl.int64)[:, None] * key_row
@@ -71,7 +68,7 @@ def _squares_kernel(
     # Also NaN, which is not less than infinity.
     sums = tl.where(real[:, None] & (sums < float("inf")), sums, float("inf"))
     best, which, second = _two_least(sums, key.to(tl.int64)[:, None], 0)
-    at = (first + query).to(tl.int64) * blocks + block
+    at = (first + query).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     mask = first + query < B
     tl.store(bests + at, best, mask=mask)
     tl.store(indices + at, which, mask=mask)
@@ -136,8 +133,8 @@ def nearest_key(q: Tensor, keys: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, T
     bests, seconds = (torch.empty(B, blocks, dtype=dtype, device=q.device) for _ in range(2))
     indices = torch.empty(B, blocks, dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
-        _squares_kernel[(blocks * triton.cdiv(B, _QUERIES),)](
-            *(q, keys, bests, indices, seconds, B, N, d, blocks, *q.stride(), *keys.stride()),
+        _squares_kernel[(blocks, triton.cdiv(B, _QUERIES))](
+            *(q, keys, bests, indices, seconds, B, N, d, *q.stride(), *keys.stride()),
             KEYS=_KEYS,
             DEPTH=_DEPTH // (4 if dtype == torch.float64 else 1),
             QUERIES=_QUERIES,

@@ -100,7 +100,6 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]], float]] = {
     "target loss bf16": ("target_loss", lambda: _target_loss(torch.bfloat16), 1e-4),
     "target loss fp16": ("target_loss", lambda: _target_loss(torch.float16), 1e-4),
     "nearest key": ("nearest_key", lambda: (rand(17, 700), rand(5000, 700), rand(5000).abs() * 40), 1e-5),
-    "nearest key of many": ("nearest_key", lambda: (rand(530_000, 3), rand(17, 3), rand(17).abs()), 1e-5),
     "kth magnitude fp32": ("kth_magnitude", lambda: (rand(700, 701), 20_000), 0.0),
     "kth magnitude fp64": ("kth_magnitude", lambda: (rand(70, 701, dtype=torch.float64), 20_000), 0.0),
     "kth magnitude bf16": ("kth_magnitude", lambda: (rand(700, 701).bfloat16(), 20_000), 0.0),
