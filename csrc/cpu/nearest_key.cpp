@@ -23,6 +23,7 @@ constexpr std::int64_t kScores = std::int64_t{1} << 24;  // that are kept at a t
 // The queries with zeros behind each up to the padded length.
 void pad(const NearestKeyArgs& args, std::int64_t stride, float* padded) {
     std::memset(padded, 0, static_cast<std::size_t>(args.queries * stride) * sizeof(float));
+    if (args.d == 0) return;  // the queries may then have no address
     for (std::int64_t r = 0; r < args.queries; ++r)
         std::memcpy(padded + r * stride, args.q + r * args.d,
                     static_cast<std::size_t>(args.d) * sizeof(float));

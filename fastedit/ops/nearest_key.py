@@ -234,8 +234,13 @@ def _bind_topk(q: Tensor, keys: Tensor, k: int, cosine: bool = False) -> tuple[o
     return q, keys, k, cosine
 
 
+_MOST_QUERIES = 8 * 65_535  # eight a program along the second axis of a grid
+
+
 def _refuse_triton(q: Tensor, keys: Tensor, eps: Tensor) -> str | None:
     """Any strides and dtypes; the eager differences are slower at every size."""
+    if q.shape[0] > _MOST_QUERIES:
+        return f"q has {q.shape[0]} rows, the grid of a launch ends at {_MOST_QUERIES}"
     return None
 
 
