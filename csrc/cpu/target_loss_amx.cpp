@@ -49,7 +49,7 @@ void put_together(const TargetLossArgs& args, const TargetLossBlock& block, cons
             if (parts[p].first <= target && target < parts[p].last) out.picked[row] = parts[p].sums.picked[r];
         }
         out.total[row] = static_cast<float>(total);
-        if (!args.with_grad) continue;
+        if (!args.with_grad || d == 0) continue;  // of width 0 there is nothing to write, perhaps nowhere to
         float* to = out.pulls + row * d;
         std::memset(to, 0, static_cast<std::size_t>(d) * sizeof(float));
         for (std::size_t p = 0; p < parts.size(); ++p) {
@@ -65,7 +65,7 @@ void put_together(const TargetLossArgs& args, const TargetLossBlock& block, cons
         for (std::size_t p = 0; p < parts.size(); ++p)
             gap += scale[p] * (parts[p].sums.gap[q] - shift[p] * parts[p].sums.total[r]);
         out.gap[at] = static_cast<float>(gap);
-        if (!args.with_grad) continue;
+        if (!args.with_grad || d == 0) continue;  // of width 0 there is nothing to write, perhaps nowhere to
         float* to = out.pulls + (args.rows + at) * d;
         std::memset(to, 0, static_cast<std::size_t>(d) * sizeof(float));
         for (std::size_t p = 0; p < parts.size(); ++p) {
